@@ -1,0 +1,1 @@
+"""Generators: every family behind the Sampler protocol."""

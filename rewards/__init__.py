@@ -1,0 +1,1 @@
+"""Rewards: what a search maximises, and judges that it never sees."""
