@@ -1,0 +1,636 @@
+"""The contracts between generators, rewards and searches.
+
+A :class:`Sampler` carries a :class:`Population` of candidates from stage 0 to its last stage; a :class:`Reward`
+scores what they look like; a :class:`Search` decides who advances. Each knows the others only through this module.
+
+Shapes: B = rows of a population, P = prompts of a request, N = samples given to a reward.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Budgeted",
+    "EtaStep",
+    "Event",
+    "Meter",
+    "Ode",
+    "Population",
+    "Registry",
+    "Request",
+    "Reward",
+    "RowState",
+    "Sampler",
+    "Scores",
+    "Sde",
+    "Search",
+    "SearchState",
+    "Seed",
+    "Transition",
+    "stable_hash",
+]
+
+
+def stable_hash(*parts: object) -> int:
+    """63-bit hash of its parts, the same in every process and version: the source of all derived seeds."""
+    text = "\x1f".join(str(p) for p in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+# --- requests and seeds ---------------------------------------------------------------------------------------
+
+
+class Seed(NamedTuple):
+    """Which candidate of which prompt, and the seed of its random stream."""
+
+    prompt: int
+    candidate: int
+    value: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for: P prompts and the arguments of one call of the generator.
+
+    Args:
+        prompts: what the generator reads, one entry a prompt; ``None`` where the call passes embeddings.
+        seed: seed of candidate 0; candidate k > 0 of a prompt uses ``stable_hash(seed, prompt id, k)``.
+        call: remaining keyword arguments of the generator's call, the same for all prompts.
+        per_prompt: keyword arguments that hold one entry a prompt (negative prompts, embeddings), length P each.
+        reward_prompts: what the reward reads; default ``prompts``.
+        metadata: one mapping a prompt for rewards that need it (GenEval's lines), or ``None``.
+        generators: the user's own generators, one a prompt; candidate 0 starts from a clone of its state.
+        prompt_ids: fixed before any sharding; default ``stable_hash(text, occurrence)`` within this request.
+
+    Raises:
+        ValueError: no prompt, or a per-prompt sequence whose length is not P.
+    """
+
+    prompts: tuple[str | None, ...]
+    seed: int = 0
+    call: Mapping[str, Any] = field(default_factory=dict)
+    per_prompt: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    reward_prompts: tuple[str, ...] = ()
+    metadata: tuple[Mapping[str, Any] | None, ...] = ()
+    generators: tuple[torch.Generator | None, ...] = ()
+    prompt_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        count = len(self.prompts)
+        if count == 0:
+            raise ValueError("prompts is empty; give at least one prompt")
+        texts = self.reward_prompts or tuple(p or "" for p in self.prompts)
+        seen: dict[str, int] = {}
+        ids = []
+        for text in texts:
+            seen[text] = seen.get(text, -1) + 1
+            ids.append(stable_hash(text, seen[text]))
+        object.__setattr__(self, "reward_prompts", texts)
+        object.__setattr__(self, "metadata", self.metadata or (None,) * count)
+        object.__setattr__(self, "generators", self.generators or (None,) * count)
+        object.__setattr__(self, "prompt_ids", self.prompt_ids or tuple(ids))
+        own = ("reward_prompts", "metadata", "generators", "prompt_ids")
+        sized = [(name, getattr(self, name)) for name in own] + list(self.per_prompt.items())
+        for name, values in sized:
+            if len(values) != count:
+                raise ValueError(f"{name} has {len(values)} entries for {count} prompts; give one a prompt")
+
+    def seeds(self, start: int, stop: int, prompts: Iterable[int] | None = None) -> list[Seed]:
+        """Candidates start..stop-1 of each prompt, prompt by prompt."""
+        chosen = range(len(self.prompts)) if prompts is None else prompts
+        return [Seed(p, k, self.seed_of(p, k)) for p in chosen for k in range(start, stop)]
+
+    def seed_of(self, prompt: int, candidate: int) -> int:
+        if candidate > 0:
+            return stable_hash(self.seed, self.prompt_ids[prompt], candidate)
+        own = self.generators[prompt]
+        return self.seed if own is None else own.initial_seed()
+
+    def generator(self, seed: Seed, device: torch.device | str = "cpu") -> torch.Generator:
+        """The candidate's own random stream, at its beginning.
+
+        Candidate 0 continues the user's generator where it stands (and on its device), without advancing it.
+        """
+        own = self.generators[seed.prompt] if seed.candidate == 0 else None
+        if own is not None:
+            clone = torch.Generator(own.device)
+            clone.set_state(own.get_state())
+            return clone
+        return torch.Generator(device).manual_seed(seed.value)
+
+
+# --- populations ----------------------------------------------------------------------------------------------
+
+
+class Event(NamedTuple):
+    """One operation in the life of a row; the chain of them regenerates it.
+
+    ``op`` is ``"init"``, ``"fork"``, ``"perturb"`` or ``"renoise"``; ``seed`` began a random stream here;
+    ``value`` is the candidate number, the copy number, the strength or the stage re-noised to.
+    """
+
+    op: str
+    stage: int
+    seed: int
+    value: float = 0.0
+
+
+@dataclass(frozen=True)
+class RowState:
+    """A sampler's own tensors: each names the axis along which its rows lie, or ``None`` where all rows share it.
+
+    Args:
+        tensors: flat name -> tensor.
+        axes: name -> row axis, or ``None`` for shared.
+        fields: JSON-able values that all rows share (step counters, flags).
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    axes: Mapping[str, int | None] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def select(self, index: Tensor) -> RowState:
+        picked = {
+            name: t if self.axes[name] is None else t.index_select(self.axes[name], index.to(t.device))
+            for name, t in self.tensors.items()
+        }
+        return replace(self, tensors=picked)
+
+    @staticmethod
+    def concat(states: Sequence[RowState]) -> RowState:
+        first = states[0]
+        for other in states[1:]:
+            if other.axes != first.axes or other.fields != first.fields:
+                raise ValueError("rows with different sampler states cannot share a population; advance them apart")
+        joined = {
+            name: t if first.axes[name] is None else torch.cat([s.tensors[name] for s in states], first.axes[name])
+            for name, t in first.tensors.items()
+        }
+        return replace(first, tensors=joined)
+
+    def snapshot(self) -> RowState:
+        return replace(self, tensors={name: t.clone() for name, t in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class Population:
+    """B candidates at one stage. Searches treat it as immutable; only samplers look into ``state``.
+
+    Args:
+        stage: completed stages, the same for all rows.
+        prompt: (B,) int64, index into the request's prompts.
+        lineage: per row, the operations that made it; the first is its ``init``.
+        rng: per row, the state of its random stream, (S,) uint8.
+        state: the sampler's tensors.
+        parent: (B,) int64, row of the population this one was gathered from; -1 for new rows.
+        score: (B,) float32, the latest score; NaN while unscored.
+        log_weight: (B,) float32.
+        history: per row, the (stage, score) pairs seen so far along its lineage.
+        rng_device: device of the random streams.
+    """
+
+    stage: int
+    prompt: Tensor
+    lineage: tuple[tuple[Event, ...], ...]
+    rng: tuple[Tensor, ...]
+    state: RowState
+    parent: Tensor = None  # type: ignore[assignment]
+    score: Tensor = None  # type: ignore[assignment]
+    log_weight: Tensor = None  # type: ignore[assignment]
+    history: tuple[tuple[tuple[int, float], ...], ...] = ()
+    rng_device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        rows = len(self.lineage)
+        defaults = {
+            "parent": lambda: torch.full((rows,), -1, dtype=torch.int64),
+            "score": lambda: torch.full((rows,), math.nan),
+            "log_weight": lambda: torch.zeros(rows),
+        }
+        for name, make in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, make())
+        if not self.history:
+            object.__setattr__(self, "history", ((),) * rows)
+
+    def __len__(self) -> int:
+        return len(self.lineage)
+
+    @property
+    def candidate(self) -> tuple[int, ...]:
+        """Per row, the number k of the candidate it descends from."""
+        return tuple(int(events[0].value) for events in self.lineage)
+
+    @property
+    def seed(self) -> tuple[int, ...]:
+        """Per row, the seed of the stream it consumes now."""
+        return tuple(events[-1].seed for events in self.lineage)
+
+    @property
+    def id(self) -> tuple[str, ...]:
+        """Per row, a name that is unique in its prompt: ``"3"``, a copy ``"3/fork@12.1"``."""
+        return tuple(lineage_id(events) for events in self.lineage)
+
+    def order_key(self, row: int) -> tuple:
+        """Ties between scores are broken by this key, never by position."""
+        events = self.lineage[row]
+        return (int(self.prompt[row]), *((e.value, e.stage, e.seed, e.op) for e in events))
+
+    def scored(self, score: Tensor) -> Population:
+        """The same rows with a new score, (B,), appended to their history."""
+        values = score.detach().to("cpu", torch.float32)
+        pairs = zip(self.history, values.tolist(), strict=True)
+        return replace(self, score=values, history=tuple((*h, (self.stage, v)) for h, v in pairs))
+
+    def select(self, index: Sequence[int] | Tensor) -> Population:
+        """Gather rows, with repeats allowed: the one place where copies get a random stream of their own.
+
+        The first copy of a row keeps its stream; copy c > 0 is re-keyed by a hash of its seed, lineage, stage and c.
+        """
+        rows = [int(i) for i in index]
+        if not rows:
+            raise ValueError("select needs at least one row")
+        if rows == list(range(len(self))):
+            return self
+        picked = torch.tensor(rows, dtype=torch.int64)
+        copies: dict[int, int] = {}
+        lineage, rng = [], []
+        for row in rows:
+            copy = copies[row] = copies.get(row, -1) + 1
+            events, stream = self.lineage[row], self.rng[row]
+            if copy:
+                seed = stable_hash("fork", *events, self.stage, copy)
+                events = (*events, Event("fork", self.stage, seed, copy))
+                stream = torch.Generator(self.rng_device).manual_seed(seed).get_state()
+            lineage.append(events)
+            rng.append(stream)
+        return replace(
+            self,
+            prompt=self.prompt[picked],
+            lineage=tuple(lineage),
+            rng=tuple(rng),
+            state=self.state.select(picked),
+            parent=picked,
+            score=self.score[picked],
+            log_weight=self.log_weight[picked],
+            history=tuple(self.history[r] for r in rows),
+        )
+
+    @staticmethod
+    def concat(populations: Sequence[Population]) -> Population:
+        """Join populations of one stage, rows in order."""
+        parts = [p for p in populations if len(p)]
+        if len(parts) == 1:
+            return parts[0]
+        stages = {p.stage for p in parts}
+        if len(stages) != 1:
+            raise ValueError(f"rows at stages {sorted(stages)} cannot share a population; advance them to one stage")
+        return replace(
+            parts[0],
+            prompt=torch.cat([p.prompt for p in parts]),
+            lineage=sum((p.lineage for p in parts), ()),
+            rng=sum((p.rng for p in parts), ()),
+            state=RowState.concat([p.state for p in parts]),
+            parent=torch.cat([p.parent for p in parts]),
+            score=torch.cat([p.score for p in parts]),
+            log_weight=torch.cat([p.log_weight for p in parts]),
+            history=sum((p.history for p in parts), ()),
+        )
+
+    def generators(self) -> list[torch.Generator]:
+        """One generator a row, standing where the row's stream stands."""
+        made = []
+        for state in self.rng:
+            generator = torch.Generator(self.rng_device)
+            generator.set_state(state)
+            made.append(generator)
+        return made
+
+    def snapshot(self) -> Population:
+        """A copy that survives ``advance``, which may reuse its input's memory."""
+        return replace(self, state=self.state.snapshot())
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``population.safetensors`` and ``population.json``, each atomically."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"state.{k}": t for k, t in self.state.tensors.items()}
+        tensors |= {k: getattr(self, k) for k in ("prompt", "parent", "score", "log_weight")}
+        tensors |= {f"rng.{i}": s for i, s in enumerate(self.rng)}
+        meta = {
+            "stage": self.stage,
+            "axes": dict(self.state.axes),
+            "fields": dict(self.state.fields),
+            "lineage": [[list(e) for e in events] for events in self.lineage],
+            "history": self.history,
+            "rng_device": self.rng_device,
+        }
+        save_file({k: t.detach().contiguous().clone() for k, t in tensors.items()}, folder / "part.safetensors")
+        (folder / "part.json").write_text(json.dumps(meta))
+        (folder / "part.safetensors").replace(folder / "population.safetensors")
+        (folder / "part.json").replace(folder / "population.json")
+
+    @classmethod
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> Population:
+        """Read what :meth:`save` wrote; the sampler's tensors go to ``device``."""
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        meta = json.loads((folder / "population.json").read_text())
+        tensors = load_file(folder / "population.safetensors")
+        state = {k.removeprefix("state."): t.to(device) for k, t in tensors.items() if k.startswith("state.")}
+        return cls(
+            stage=meta["stage"],
+            prompt=tensors["prompt"],
+            lineage=tuple(tuple(Event(*e) for e in events) for events in meta["lineage"]),
+            rng=tuple(tensors[f"rng.{i}"] for i in range(len(meta["lineage"]))),
+            state=RowState(state, meta["axes"], meta["fields"]),
+            parent=tensors["parent"],
+            score=tensors["score"],
+            log_weight=tensors["log_weight"],
+            history=tuple(tuple((int(s), float(v)) for s, v in h) for h in meta["history"]),
+            rng_device=meta["rng_device"],
+        )
+
+
+def lineage_id(events: Sequence[Event]) -> str:
+    parts = [str(int(events[0].value))]
+    for e in events[1:]:
+        parts.append(f"{e.op}@{e.stage}." + (str(int(e.value)) if e.op == "fork" else f"{e.seed:x}"))
+    return "/".join(parts)
+
+
+# --- transitions ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ode:
+    """The sampler's own deterministic step."""
+
+
+@dataclass(frozen=True)
+class Sde:
+    """Marginal-preserving stochastic step of Flow-GRPO (2505.05470), ``g = a sqrt(t / (1 - t))``; a >= 0."""
+
+    a: float = 0.7
+
+
+@dataclass(frozen=True)
+class EtaStep:
+    """``x_s = alpha_s x0 + sqrt(sigma_s^2 - k^2) eps + k z``, ``k = eta sigma_s sqrt(1 - r^2)`` (DDIM, 2010.02502).
+
+    ``eta`` in [0, 1]: 0 is the ODE, 1 the DDPM posterior.
+    """
+
+    eta: float = 1.0
+
+
+Transition = Ode | Sde | EtaStep
+
+
+# --- samplers -------------------------------------------------------------------------------------------------
+
+
+class Meter(Protocol):
+    """Told by the sampler itself about every piece of real work, where it happens."""
+
+    def forward(self, rows: int, seconds: float, kind: str = "denoiser") -> None:
+        """A real model call on ``rows`` rows, both CFG branches counted; never a stubbed or cached one."""
+
+    def decode(self, rows: int, seconds: float) -> None: ...
+
+    def encode(self, rows: int, seconds: float) -> None: ...
+
+    def skipped(self, rows: int) -> None:
+        """Model calls that a step cache saved."""
+
+
+class NullMeter:
+    """Counts nothing: what a sampler holds until a driver gives it a ledger."""
+
+    def forward(self, rows: int, seconds: float, kind: str = "denoiser") -> None: ...
+
+    def decode(self, rows: int, seconds: float) -> None: ...
+
+    def encode(self, rows: int, seconds: float) -> None: ...
+
+    def skipped(self, rows: int) -> None: ...
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """A generator that can stop, resume, drop, copy and re-noise candidates.
+
+    The docstring of each implementation says what one stage is: a scheduler step, a scale, a commit of masked
+    tokens, or an inner step of a video chunk, counted flat. A row's result depends on its prompt and lineage alone,
+    never on its companions: bitwise for equal batch shapes, within 1e-4 in fp32 on CPU across batch shapes.
+
+    Attributes:
+        num_stages: T; stage 0 is noise, stage T the result.
+        milestones: stages at which a search may stop, ascending, the last is T.
+        meter: told about every real model call, decode and encode.
+    """
+
+    num_stages: int
+    milestones: tuple[int, ...]
+    meter: Meter
+
+    def noise_level(self, stage: int) -> float:
+        """log-SNR of the state at ``stage`` (tokens: log-odds of the fraction revealed); +inf when clean."""
+
+    def nfe(self, start: int, stop: int) -> int:
+        """Model rows that one candidate costs from stage ``start`` to ``stop``, both CFG branches counted."""
+
+    def cost(self, start: int, stop: int) -> float:
+        """The same in image-equivalents: 1 is one whole plain generation, weighted by FLOPs where forwards differ."""
+
+    def init(self, request: Request, seeds: Sequence[Seed]) -> Population:
+        """Rows at stage 0, one a seed, in order."""
+
+    def advance(self, population: Population, to: int) -> Population:
+        """Carry all rows to stage ``to``; may reuse the memory of ``population``."""
+
+    def predict_x0(self, population: Population) -> Population:
+        """The rows as they would be if finished now: a population at stage T to be decoded. Stage 0 has none."""
+
+    def renoise(self, population: Population, to_stage: int, seeds: Sequence[int]) -> Population:
+        """Back to an earlier stage at exactly its noise level, with fresh noise from ``seeds`` (B,)."""
+
+    def perturb(self, population: Population, strength: float, seeds: Sequence[int]) -> Population:
+        """Stay at the stage and move: x -> sqrt(1 - b^2) x + b eps, or its like for tokens; 0 is a no-op."""
+
+    def select(self, population: Population, index: Sequence[int]) -> Population:
+        """Gather rows, repeats allowed; see :meth:`Population.select` for the streams of copies."""
+
+    def concat(self, populations: Sequence[Population]) -> Population:
+        """Join populations of one stage."""
+
+    def decode(self, population: Population) -> Any:
+        """Samples of rows at stage T, in order: images (B, 3, H, W) or videos (B, F, 3, H, W), float in [0, 1]."""
+
+    def view(
+        self, transition: Transition | None = None, cache: Any | None = None, guidance: Any | None = None
+    ) -> Sampler:
+        """The same sampler with stochastic steps, a step cache, or other guidance.
+
+        Raises:
+            ValueError: the sampler has no such view; the message names those it has.
+        """
+
+
+# --- rewards --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a reward returns: ``values`` (N,) float32 on CPU in input order; NaN where a sample failed, with a reason."""
+
+    values: Tensor
+    components: Mapping[str, Tensor] = field(default_factory=dict)
+    reasons: Mapping[int, str] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores samples against prompts on its raw published scale, batched, order kept, independent of companions.
+
+    Attributes:
+        name: how tables call it.
+        higher_is_better: direction; the driver flips the sign of rewards where lower is better.
+        range: (low, high) of the published scale.
+        licence: of code and weights.
+        source: hub id, folder or paper.
+        needs: subset of {"pixels", "tokens", "noise_level", "metadata", "stage_text"}.
+    """
+
+    name: str
+    higher_is_better: bool
+    range: tuple[float, float]
+    licence: str
+    source: str
+    needs: frozenset[str]
+
+    def score(
+        self,
+        samples: Any,
+        prompts: Sequence[str],
+        *,
+        noise_level: float | None = None,
+        metadata: Sequence[Mapping[str, Any] | None] | None = None,
+    ) -> Scores:
+        """Score N samples: images (N, 3, H, W) or videos (N, F, 3, H, W) in [0, 1], or N PIL images."""
+
+
+# --- searches -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SearchState:
+    """What a search carries between rounds: populations, tensors, scalars and containers of them, nothing else.
+
+    Args:
+        request: what is being generated.
+        finished: scored rows at stage T, or ``None`` before the first.
+        live: rows under way, or ``None``.
+        open_prompts: prompts that still want candidates; the driver closes those that reached the target.
+        round: completed rounds.
+    """
+
+    request: Request
+    finished: Population | None = None
+    live: Population | None = None
+    open_prompts: tuple[int, ...] = ()
+    round: int = 0
+
+
+class Budgeted(NamedTuple):
+    """A search cut to fit a budget, and what it will cost for one prompt: exact, or (low, high) for seconds."""
+
+    search: Search
+    nfe: int
+    images: float
+    decodes: int
+    rewards: int
+
+
+Evaluate = Callable[[Population], Population]
+
+
+class Search(Protocol):
+    """A frozen dataclass of the paper's hyperparameters with pure ``init``, ``step`` and ``done``.
+
+    One step is the method's own round. Searches never count, print, or loop over a budget; they hold metered
+    proxies, so they could not cheat if they wanted to.
+    """
+
+    def plan(self, sampler: Sampler, max_nfe: int | None = None) -> Budgeted:
+        """The search that fits ``max_nfe`` model rows a prompt, and its exact cost.
+
+        Raises:
+            ValueError: not even one candidate fits.
+        """
+
+    def init(self, sampler: Sampler, request: Request) -> SearchState: ...
+
+    def step(self, state: SearchState, sampler: Sampler, evaluate: Evaluate) -> SearchState:
+        """One round. ``evaluate`` returns its rows with scores: of previews before stage T, of finals at T."""
+
+    def done(self, state: SearchState) -> bool: ...
+
+
+# --- registries -----------------------------------------------------------------------------------------------
+
+
+class Registry(Mapping[str, str]):
+    """Names to ``"module:attribute"``, imported when first asked for.
+
+    Args:
+        kind: what the entries are, for messages (``"search"``).
+        entries: name -> ``"module:attribute"``.
+    """
+
+    def __init__(self, kind: str, entries: Mapping[str, str]) -> None:
+        self.kind = kind
+        self._entries = dict(entries)
+
+    def __getitem__(self, name: str) -> str:
+        return self._entries[name]
+
+    def __iter__(self):
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, name: str, target: str) -> None:
+        """Register one more; a name that is taken by something else is an error."""
+        if self._entries.get(name, target) != target:
+            raise ValueError(f"{self.kind} {name!r} is already {self._entries[name]}; choose another name")
+        self._entries[name] = target
+
+    def load(self, name: str) -> Any:
+        """The registered object.
+
+        Raises:
+            ValueError: unknown name; near ones are suggested.
+        """
+        if name not in self._entries:
+            near = get_close_matches(name, self._entries, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "known: " + ", ".join(self._entries)
+            raise ValueError(f"unknown {self.kind} {name!r}; {hint}")
+        module, _, attribute = self._entries[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
