@@ -408,8 +408,11 @@ Transition = Ode | Sde | EtaStep
 class Meter(Protocol):
     """Told by the sampler itself about every piece of real work, where it happens."""
 
-    def forward(self, rows: int, seconds: float, kind: str = "denoiser") -> None:
-        """A real model call on ``rows`` rows, both CFG branches counted; never a stubbed or cached one."""
+    def forward(self, rows: int, seconds: float, kind: str = "denoiser", images: float = 0.0) -> None:
+        """A real model call on ``rows`` rows, both CFG branches counted; never a stubbed or cached one.
+
+        ``images`` is the share of one whole plain generation that this call did, summed over its rows.
+        """
 
     def decode(self, rows: int, seconds: float) -> None: ...
 
@@ -422,7 +425,7 @@ class Meter(Protocol):
 class NullMeter:
     """Counts nothing: what a sampler holds until a driver gives it a ledger."""
 
-    def forward(self, rows: int, seconds: float, kind: str = "denoiser") -> None: ...
+    def forward(self, rows: int, seconds: float, kind: str = "denoiser", images: float = 0.0) -> None: ...
 
     def decode(self, rows: int, seconds: float) -> None: ...
 
@@ -497,7 +500,7 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class Scores:
-    """What a reward returns: ``values`` (N,) float32 on CPU in input order; NaN where a sample failed, with a reason."""
+    """What a reward returns: ``values`` (N,) float32 on CPU, in input order; a failed sample is NaN, with a reason."""
 
     values: Tensor
     components: Mapping[str, Tensor] = field(default_factory=dict)
@@ -548,6 +551,7 @@ class SearchState:
         live: rows under way, or ``None``.
         open_prompts: prompts that still want candidates; the driver closes those that reached the target.
         round: completed rounds.
+        room: candidates a prompt that the driver can still pay for in the next round; ``None`` is no limit.
     """
 
     request: Request
@@ -555,6 +559,7 @@ class SearchState:
     live: Population | None = None
     open_prompts: tuple[int, ...] = ()
     round: int = 0
+    room: int | None = None
 
 
 class Budgeted(NamedTuple):

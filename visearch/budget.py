@@ -1,0 +1,363 @@
+"""What a search may spend, what it did spend, and the proxies that count it.
+
+Searches and drivers hold :class:`MeteredSampler` and :class:`MeteredReward` only. The sampler itself reports every real
+model call to the ledger from inside its forward wrapper, so a search cannot spend without it being seen.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visearch.protocols import Population, Request, Reward, Sampler, Scores, Seed
+
+__all__ = ["Budget", "BudgetSpent", "Ledger", "MeteredReward", "MeteredSampler", "OutOfMemory", "RewardError"]
+
+
+class BudgetSpent(Exception):
+    """The next operation would go beyond the budget; nothing of it was run."""
+
+
+class RewardError(RuntimeError):
+    """The reward broke its contract; what was finished before is kept."""
+
+
+class OutOfMemory(RuntimeError):
+    """Not even one row fits in memory."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits of one search, per call. ``None`` is no limit.
+
+    Args:
+        max_nfe: model rows over all prompts, both CFG branches counted; never exceeded.
+        max_seconds: wall-clock seconds; overrun by at most one operation.
+        target: a prompt whose best finished candidate scores at least this gets no more candidates.
+        patience: a prompt gets no more candidates after this many finished ones in a row without a new best.
+
+    Raises:
+        ValueError: a limit that is not positive.
+    """
+
+    max_nfe: int | None = None
+    max_seconds: float | None = None
+    target: float | None = None
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_nfe", "max_seconds", "patience"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value!r} must be greater than 0; leave it out for no limit")
+
+
+@dataclass
+class Ledger:
+    """What was spent, counted where it happened. Implements :class:`visearch.protocols.Meter`.
+
+    Attributes:
+        nfe: model rows, both CFG branches counted.
+        forwards: model calls.
+        images: image-equivalents; 1 is one whole plain generation.
+        decodes, encodes: rows through the decoder and the text encoders.
+        rewards: samples scored, by reward.
+        skipped: model rows that a step cache saved.
+        retries: operations repeated after a failure or out of memory.
+        seconds: by kind of work, plus ``"total"``.
+    """
+
+    nfe: int = 0
+    forwards: int = 0
+    images: float = 0.0
+    decodes: int = 0
+    encodes: int = 0
+    skipped_rows: int = 0
+    retries: int = 0
+    rewards: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
+
+    def forward(self, rows: int, seconds: float, kind: str = "denoiser", images: float = 0.0) -> None:
+        self.nfe += rows
+        self.forwards += 1
+        self.images += images
+        self.seconds[kind] += seconds
+
+    def decode(self, rows: int, seconds: float) -> None:
+        self.decodes += rows
+        self.seconds["decode"] += seconds
+
+    def encode(self, rows: int, seconds: float) -> None:
+        self.encodes += rows
+        self.seconds["encode"] += seconds
+
+    def skipped(self, rows: int) -> None:
+        self.skipped_rows += rows
+
+    def scored(self, reward: str, samples: int, seconds: float) -> None:
+        self.rewards[reward] += samples
+        self.seconds["reward"] += seconds
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes: peak allocation of the CUDA device if there is one, else of this process since it began."""
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            return torch.cuda.max_memory_allocated()
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able copy."""
+        return {
+            "nfe": self.nfe,
+            "forwards": self.forwards,
+            "images": round(self.images, 6),
+            "decodes": self.decodes,
+            "encodes": self.encodes,
+            "skipped_rows": self.skipped_rows,
+            "retries": self.retries,
+            "rewards": dict(self.rewards),
+            "seconds": {k: round(v, 4) for k, v in self.seconds.items()},
+            "peak_memory_bytes": self.peak_memory,
+        }
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Ledger:
+        plain = {k: saved[k] for k in ("nfe", "forwards", "images", "decodes", "encodes", "skipped_rows", "retries")}
+        return cls(**plain, rewards=Counter(saved["rewards"]), seconds=Counter(saved["seconds"]))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an accelerator or the CPU allocator ran out of memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def release_cached_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class MeteredSampler:
+    """A sampler that counts into a ledger, refuses what the budget forbids, and splits work to fit in memory.
+
+    Args:
+        inner: the sampler.
+        ledger: told about every real model call by ``inner`` itself.
+        budget: ``max_nfe`` is enforced here, before each model run.
+        rows: most rows the model runs at once; ``None`` is all, halved whenever memory runs out.
+        decode_rows: most rows decoded at once, independent of ``rows``; ``None`` is all on CPU, 1 on an accelerator.
+    """
+
+    def __init__(
+        self,
+        inner: Sampler,
+        ledger: Ledger,
+        budget: Budget | None = None,
+        rows: int | None = None,
+        decode_rows: int | None = None,
+    ) -> None:
+        for name, value in (("rows", rows), ("decode_rows", decode_rows)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1; leave it out to use as many as fit")
+        self.inner, self.ledger, self.budget = inner, ledger, budget or Budget()
+        self.rows, self.decode_rows = rows, decode_rows
+        inner.meter = ledger
+
+    num_stages = property(lambda self: self.inner.num_stages)
+    milestones = property(lambda self: self.inner.milestones)
+    meter = property(lambda self: self.ledger)
+
+    def noise_level(self, stage: int) -> float:
+        return self.inner.noise_level(stage)
+
+    def nfe(self, start: int, stop: int) -> int:
+        return self.inner.nfe(start, stop)
+
+    def cost(self, start: int, stop: int) -> float:
+        return self.inner.cost(start, stop)
+
+    def init(self, request: Request, seeds: Sequence[Seed]) -> Population:
+        return self.inner.init(request, seeds)
+
+    def advance(self, population: Population, to: int) -> Population:
+        if to not in self.milestones or to <= population.stage:
+            raise ValueError(
+                f"cannot advance from stage {population.stage} to {to}; milestones ahead: "
+                f"{[m for m in self.milestones if m > population.stage]}"
+            )
+
+        def run(part: Population) -> Population:
+            need, cap = len(part) * self.nfe(part.stage, to), self.budget.max_nfe
+            if cap is not None and self.ledger.nfe + need > cap:
+                raise BudgetSpent(f"{need} more model rows would exceed max_nfe={cap} ({self.ledger.nfe} spent)")
+            return self.inner.advance(part, to)
+
+        need, cap = len(population) * self.nfe(population.stage, to), self.budget.max_nfe
+        if cap is not None and self.ledger.nfe + need > cap:
+            raise BudgetSpent(f"{need} more model rows would exceed max_nfe={cap} ({self.ledger.nfe} spent)")
+        parts = self._split(population, "rows", run)
+        return parts[0] if len(parts) == 1 else self.inner.concat(parts)
+
+    def predict_x0(self, population: Population) -> Population:
+        return self.inner.predict_x0(population)
+
+    def renoise(self, population: Population, to_stage: int, seeds: Sequence[int]) -> Population:
+        return self.inner.renoise(population, to_stage, seeds)
+
+    def perturb(self, population: Population, strength: float, seeds: Sequence[int]) -> Population:
+        return self.inner.perturb(population, strength, seeds)
+
+    def select(self, population: Population, index: Sequence[int]) -> Population:
+        return self.inner.select(population, index)
+
+    def concat(self, populations: Sequence[Population]) -> Population:
+        return self.inner.concat(populations)
+
+    def decode(self, population: Population) -> Any:
+        if self.decode_rows is None and getattr(self.inner, "device", torch.device("cpu")).type != "cpu":
+            self.decode_rows = 1
+        parts = self._split(population, "decode_rows", self.inner.decode)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts) if torch.is_tensor(parts[0]) else [s for part in parts for s in part]
+
+    def view(self, **changes: Any) -> MeteredSampler:
+        return MeteredSampler(self.inner.view(**changes), self.ledger, self.budget, self.rows, self.decode_rows)
+
+    def _split(self, population: Population, limit: str, run: Callable[[Population], Any]) -> list[Any]:
+        """Run in parts of at most ``self.<limit>`` rows; out of memory halves the limit and repeats that part only."""
+        parts, start, total = [], 0, len(population)
+        while start < total:
+            size = min(getattr(self, limit) or total, total - start)
+            whole = start == 0 and size == total
+            part = population if whole else population.select(range(start, start + size))
+            try:
+                parts.append(run(part))
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if size == 1:
+                    raise OutOfMemory(
+                        f"out of memory with {limit}=1 at stage {population.stage}; use a smaller size, "
+                        "half precision or offload"
+                    ) from error
+                setattr(self, limit, size // 2)
+                self.ledger.retries += 1
+                release_cached_memory()
+                continue
+            start += size
+        return parts
+
+
+class MeteredReward:
+    """A reward that counts into a ledger, checks its contract, and turns failures into -inf.
+
+    Scores come back "higher is better" whatever the published direction. A batch that raises is retried once, then
+    sample by sample; a sample that still fails, or is NaN, scores -inf and leaves a warning.
+
+    Args:
+        inner: the reward.
+        ledger: counts samples and seconds.
+        batch_size: most samples a call; ``None`` is all.
+    """
+
+    def __init__(self, inner: Reward, ledger: Ledger, batch_size: int | None = None) -> None:
+        self.inner, self.ledger, self.batch_size = inner, ledger, batch_size
+        self.name = inner.name
+        self.warnings: list[str] = []
+        self._order_checked = bool(getattr(inner, "relative", False))
+
+    def __call__(
+        self,
+        samples: Any,
+        prompts: Sequence[str],
+        noise_level: float | None = None,
+        metadata: Sequence[Mapping[str, Any] | None] | None = None,
+    ) -> Tensor:
+        """(N,) float32 on CPU, higher is better, -inf where a sample failed.
+
+        Raises:
+            RewardError: wrong number of scores, or scores that belong to other samples.
+        """
+        count, size = len(prompts), self.batch_size or len(prompts)
+        metadata = metadata or [None] * count
+        values = []
+        for i in range(0, count, size):
+            part = slice(i, i + size)
+            values.append(self._score(samples[part], prompts[part], noise_level, metadata[part]))
+        result = torch.cat(values)
+        if not self._order_checked and count > 1:
+            self._check_order(samples, prompts, noise_level, metadata, result)
+        sign = 1.0 if self.inner.higher_is_better else -1.0
+        return torch.where(torch.isnan(result), -math.inf, sign * result)
+
+    def _score(self, samples: Any, prompts: Sequence[str], level: float | None, metadata: Sequence[Any]) -> Tensor:
+        for last in (False, True):
+            try:
+                return self._call(samples, prompts, level, metadata)
+            except RewardError:
+                raise
+            except Exception as error:
+                if is_out_of_memory(error):
+                    release_cached_memory()
+                failure = error
+                self.ledger.retries += 1
+                if last and len(prompts) == 1:
+                    self._warn(f"reward {self.name!r} failed on a sample of {prompts[0]!r}: {failure!r}; scored -inf")
+                    return torch.tensor([math.nan])
+        one = [slice(i, i + 1) for i in range(len(prompts))]
+        return torch.cat([self._score(samples[i], prompts[i], level, metadata[i]) for i in one])
+
+    def _call(self, samples: Any, prompts: Sequence[str], level: float | None, metadata: Sequence[Any]) -> Tensor:
+        begin = time.perf_counter()
+        scores = self.inner.score(samples, list(prompts), noise_level=level, metadata=metadata)
+        self.ledger.scored(self.name, len(prompts), time.perf_counter() - begin)
+        if not isinstance(scores, Scores):
+            raise RewardError(f"reward {self.name!r} returned {type(scores).__name__}, expected visearch Scores")
+        values = torch.as_tensor(scores.values, dtype=torch.float32).detach().cpu()
+        if values.shape != (len(prompts),):
+            raise RewardError(
+                f"reward {self.name!r} returned scores of shape {tuple(values.shape)} for {len(prompts)} samples; "
+                "return one number a sample, in order"
+            )
+        for i in torch.isnan(values).nonzero().flatten().tolist():
+            reason = scores.reasons.get(i, "it returned NaN")
+            self._warn(f"reward {self.name!r} failed on a sample of {prompts[i]!r}: {reason}; scored -inf")
+        return values
+
+    def _check_order(
+        self, samples: Any, prompts: Sequence[str], level: float | None, metadata: Sequence[Any], values: Tensor
+    ) -> None:
+        """Score two rows again, swapped: a reward whose answers depend on position would crown the wrong image."""
+        finite = torch.isfinite(values).nonzero().flatten()
+        if len(finite) < 2 or values[finite].max() == values[finite].min():
+            return
+        rows = [int(finite[values[finite].argmax()]), int(finite[values[finite].argmin()])]
+        pair = samples[rows] if torch.is_tensor(samples) else [samples[r] for r in rows]
+        again = self._score(pair, [prompts[r] for r in rows], level, [metadata[r] for r in rows])
+        self._order_checked = True
+        scale = float(values[finite].max() - values[finite].min())
+        if not torch.allclose(again, values[rows], atol=0.25 * scale, equal_nan=True):
+            raise RewardError(
+                f"reward {self.name!r} gave rows {rows} the scores {[round(v, 4) for v in values[rows].tolist()]} in one "
+                f"batch and {[round(v, 4) for v in again.tolist()]} in another; scores must come back in input order "
+                "and not depend on the other samples"
+            )
+
+    def _warn(self, message: str) -> None:
+        if message not in self.warnings:
+            self.warnings.append(message)
+            warnings.warn(message, stacklevel=2)
