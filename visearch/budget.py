@@ -199,17 +199,18 @@ class MeteredSampler:
                 f"{[m for m in self.milestones if m > population.stage]}"
             )
 
-        def run(part: Population) -> Population:
-            need, cap = len(part) * self.nfe(part.stage, to), self.budget.max_nfe
-            if cap is not None and self.ledger.nfe + need > cap:
-                raise BudgetSpent(f"{need} more model rows would exceed max_nfe={cap} ({self.ledger.nfe} spent)")
+        def afford_and_advance(part: Population) -> Population:
+            self._afford(part, to)  # again for each part: runs that ended out of memory were spent too
             return self.inner.advance(part, to)
 
+        self._afford(population, to)
+        parts = self._split(population, "rows", afford_and_advance)
+        return parts[0] if len(parts) == 1 else self.inner.concat(parts)
+
+    def _afford(self, population: Population, to: int) -> None:
         need, cap = len(population) * self.nfe(population.stage, to), self.budget.max_nfe
         if cap is not None and self.ledger.nfe + need > cap:
             raise BudgetSpent(f"{need} more model rows would exceed max_nfe={cap} ({self.ledger.nfe} spent)")
-        parts = self._split(population, "rows", run)
-        return parts[0] if len(parts) == 1 else self.inner.concat(parts)
 
     def predict_x0(self, population: Population) -> Population:
         return self.inner.predict_x0(population)
@@ -347,14 +348,16 @@ class MeteredReward:
             return
         rows = [int(finite[values[finite].argmax()]), int(finite[values[finite].argmin()])]
         pair = samples[rows] if torch.is_tensor(samples) else [samples[r] for r in rows]
-        again = self._score(pair, [prompts[r] for r in rows], level, [metadata[r] for r in rows])
         self._order_checked = True
+        name, self.name = self.name, f"{self.name} (order check)"
+        again = self._score(pair, [prompts[r] for r in rows], level, [metadata[r] for r in rows])
+        self.name = name
         scale = float(values[finite].max() - values[finite].min())
         if not torch.allclose(again, values[rows], atol=0.25 * scale, equal_nan=True):
+            first, second = ([round(v, 4) for v in t.tolist()] for t in (values[rows], again))
             raise RewardError(
-                f"reward {self.name!r} gave rows {rows} the scores {[round(v, 4) for v in values[rows].tolist()]} in one "
-                f"batch and {[round(v, 4) for v in again.tolist()]} in another; scores must come back in input order "
-                "and not depend on the other samples"
+                f"reward {self.name!r} gave the same two samples {first} in one batch and {second} in another; "
+                "scores must come back in input order and not depend on the other samples"
             )
 
     def _warn(self, message: str) -> None:

@@ -1,1 +1,7 @@
-"""Search algorithms, one short file each."""
+"""Search algorithms, one short file each, by name."""
+
+from visearch.protocols import Registry
+
+__all__ = ["SEARCHES"]
+
+SEARCHES = Registry("search", {"best-of-n": "visearch.search.best_of_n:BestOfN"})

@@ -1,0 +1,252 @@
+"""The only loop: drives a search within a budget, round by round, and never loses what is finished."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visearch.budget import Budget, BudgetSpent, Ledger, MeteredReward, MeteredSampler, OutOfMemory, RewardError
+from visearch.checkpoint import fingerprint, load_state, save_state
+from visearch.protocols import Population, Request, Reward, Sampler, Search, SearchState
+from visearch.selection import best_per_prompt, rank, top_k
+
+__all__ = ["Round", "SearchResult", "run_search"]
+
+SAFETY = 1.2  # a round is begun only if 1.2 x the longest one so far still fits before the deadline
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found, however it ended.
+
+    Attributes:
+        request: what was asked for.
+        finished: all scored rows at the last stage, or ``None`` if not even one finished.
+        ledger: what was spent.
+        stopped: ``"done"``, ``"budget"``, ``"deadline"``, ``"closed"`` (target or patience), ``"cancelled"``,
+            ``"interrupted"`` or ``"failed"``.
+        error: the exception behind ``"failed"`` or ``"interrupted"``.
+        samples: (prompt, id) -> decoded sample of each finished row.
+        warnings: what went wrong without ending the run.
+    """
+
+    request: Request
+    finished: Population | None
+    ledger: Ledger
+    stopped: str
+    error: BaseException | None = None
+    samples: dict[tuple[int, str], Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def winners(self, k: int = 1) -> Population:
+        """The k best rows of each prompt, prompt by prompt, best first.
+
+        Raises:
+            RuntimeError: nothing was finished.
+        """
+        if self.finished is None:
+            raise RuntimeError(f"the search stopped ({self.stopped}) before any candidate was finished") from self.error
+        return self.finished.select(top_k(self.finished, k))
+
+    @property
+    def ranking(self) -> list[dict[str, Any]]:
+        """All finished candidates from best to worst: prompt, id, seed, score, lineage, history; JSON-able."""
+        rows = self.finished
+        if rows is None:
+            return []
+        return [
+            {
+                "prompt": int(rows.prompt[r]),
+                "id": rows.id[r],
+                "candidate": rows.candidate[r],
+                "seed": rows.seed[r],
+                "score": float(rows.score[r]),
+                "lineage": [e._asdict() for e in rows.lineage[r]],
+                "history": [list(h) for h in rows.history[r]],
+            }
+            for r in rank(rows)
+        ]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One completed step of the search, for progress bars and live views.
+
+    Attributes:
+        index: completed rounds, from 1.
+        state: the search's state.
+        best: prompt -> best finished score.
+        ledger: what has been spent so far.
+        result: best so far; the run is over if ``last``.
+    """
+
+    index: int
+    state: SearchState
+    best: dict[int, float]
+    ledger: Ledger
+    result: SearchResult
+    last: bool = False
+
+
+def run_search(
+    sampler: Sampler,
+    reward: Reward,
+    search: Search,
+    request: Request,
+    budget: Budget | None = None,
+    *,
+    rows: int | None = None,
+    decode_rows: int | None = None,
+    reward_rows: int | None = None,
+    checkpoint: str | Path | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
+    ledger: Ledger | None = None,
+) -> Iterator[Round]:
+    """Run ``search`` and yield a :class:`Round` after each of its steps; the last one has ``last=True``.
+
+    Ctrl-C, a broken reward and exhausted memory end the run with a last round that holds what was finished, and the
+    exception as ``result.error``. Errors of the caller (a budget too small, a bad argument) are raised at once.
+
+    Args:
+        sampler: the generator; its ``meter`` is replaced by the ledger.
+        reward: scores previews and finals.
+        search: the algorithm; cut to fit ``budget.max_nfe`` before anything runs.
+        request: prompts, seed, call arguments.
+        budget: limits; default none.
+        rows, decode_rows, reward_rows: most rows for one model call, decode and reward call; halved when memory
+            runs out. Default: as many as fit (decoding on an accelerator: one).
+        checkpoint: folder to save each round to; an existing one of the same run is resumed.
+        cancelled: asked between rounds.
+        ledger: continue counting in this one.
+
+    Raises:
+        ValueError: the budget is too small for one candidate, or the checkpoint belongs to another run.
+    """
+    budget, ledger = budget or Budget(), ledger or Ledger()
+    metered = MeteredSampler(sampler, ledger, budget, rows, decode_rows)
+    scorer = MeteredReward(reward, ledger, reward_rows)
+    prompts = len(request.prompts)
+    search = search.plan(metered, None if budget.max_nfe is None else budget.max_nfe // prompts).search
+    state = search.init(metered, request)
+    samples: dict[tuple[int, str], Any] = {}
+    print_of_run = fingerprint(request, search, metered.num_stages)
+    if checkpoint is not None and (saved := load_state(checkpoint, state, getattr(sampler, "device", "cpu"))):
+        state, extra = saved
+        if extra["fingerprint"] != print_of_run:
+            raise ValueError(f"checkpoint={str(checkpoint)!r} belongs to another run; delete it or choose another folder")
+        saved_ledger = Ledger.from_dict(extra["ledger"])
+        ledger.__dict__.update(saved_ledger.__dict__)
+
+    def evaluate(population: Population) -> Population:
+        final = population.stage == metered.num_stages
+        level = metered.noise_level(population.stage)
+        decoded = metered.decode(population if final else metered.predict_x0(population))
+        texts = [request.reward_prompts[p] for p in population.prompt.tolist()]
+        metadata = [request.metadata[p] for p in population.prompt.tolist()]
+        scored = population.scored(scorer(decoded, texts, level, metadata))
+        if final:
+            keys = zip(scored.prompt.tolist(), scored.id, strict=True)
+            samples.update({key: decoded[i] for i, key in enumerate(keys)})
+        return scored
+
+    def result(stopped: str, error: BaseException | None = None) -> SearchResult:
+        ledger.seconds["total"] = before + time.perf_counter() - begin
+        notes = tuple(scorer.warnings)
+        if state.finished is not None and stopped != "running":
+            notes += _all_failed(state.finished, request)
+        return SearchResult(request, state.finished, ledger, stopped, error, samples, notes)
+
+    def make_round(stopped: str, error: BaseException | None = None, last: bool = False) -> Round:
+        rows = state.finished
+        best = {} if rows is None else best_per_prompt(rows, range(prompts))
+        scores = {p: float(rows.score[r]) for p, r in best.items()} if rows is not None else {}
+        return Round(state.round, state, scores, ledger, result(stopped, error), last)
+
+    begin, before = time.perf_counter(), ledger.seconds["total"]
+    longest, stopped, error = 0.0, "done", None
+    with torch.no_grad():
+        while not search.done(state):
+            elapsed = time.perf_counter() - begin
+            room = _room(budget, ledger, metered, state, elapsed)
+            if cancelled():
+                stopped = "cancelled"
+                break
+            if room == 0 or (budget.max_seconds and elapsed >= budget.max_seconds):
+                stopped = "deadline" if budget.max_seconds and elapsed + longest >= budget.max_seconds else "budget"
+                break
+            try:
+                state = search.step(replace(state, room=room), metered, evaluate)
+            except BudgetSpent:
+                stopped = "budget"
+                break
+            except KeyboardInterrupt as interrupt:
+                stopped, error = "interrupted", interrupt
+                break
+            except (RewardError, OutOfMemory) as failure:
+                stopped, error = "failed", failure
+                break
+            longest = max(longest, time.perf_counter() - begin - elapsed)
+            state = _close_prompts(replace(state, room=None), budget)
+            if checkpoint is not None:
+                ledger.seconds["total"] = before + time.perf_counter() - begin
+                _save(checkpoint, state, {"ledger": ledger.as_dict(), "fingerprint": print_of_run}, scorer)
+            if search.done(state):
+                stopped = "done" if state.open_prompts else "closed"
+                break
+            yield make_round("running")
+        yield make_round(stopped, error, last=True)
+
+
+def _room(budget: Budget, ledger: Ledger, sampler: Sampler, state: SearchState, elapsed: float) -> int | None:
+    """Candidates a prompt that still fit the remaining rows and seconds; ``None`` is no limit."""
+    prompts, limits = max(1, len(state.open_prompts)), []
+    whole = prompts * sampler.nfe(0, sampler.num_stages)
+    if budget.max_nfe is not None:
+        limits.append((budget.max_nfe - ledger.nfe) // whole)
+    if budget.max_seconds is not None:
+        if ledger.nfe == 0:
+            limits.append(1)  # the first candidate tells how long one takes
+        else:
+            each = SAFETY * elapsed / ledger.nfe * whole if elapsed else 0.0
+            limits.append(int((budget.max_seconds - elapsed) / each) if each else 1)
+    return max(0, min(limits)) if limits else None
+
+
+def _close_prompts(state: SearchState, budget: Budget) -> SearchState:
+    """Prompts that reached the target or stopped improving get no more candidates."""
+    rows = state.finished
+    if rows is None or (budget.target is None and budget.patience is None):
+        return state
+    still_open = []
+    for prompt in state.open_prompts:
+        mine = [(rows.order_key(r), float(rows.score[r])) for r in range(len(rows)) if int(rows.prompt[r]) == prompt]
+        scores = [s for _, s in sorted(mine)]
+        best = max(scores, default=float("-inf"))
+        reached = budget.target is not None and best >= budget.target
+        stale = budget.patience is not None and len(scores) - 1 - scores.index(best) >= budget.patience if scores else False
+        if not (reached or stale):
+            still_open.append(prompt)
+    return replace(state, open_prompts=tuple(still_open))
+
+
+def _all_failed(rows: Population, request: Request) -> tuple[str, ...]:
+    notes = []
+    for prompt, row in best_per_prompt(rows, range(len(request.prompts))).items():
+        if rows.score[row] == float("-inf"):
+            text = request.reward_prompts[prompt]
+            notes.append(f"the reward failed on every candidate of {text!r}; candidate {rows.candidate[row]} is returned")
+            warnings.warn(notes[-1], stacklevel=3)
+    return tuple(notes)
+
+
+def _save(folder: str | Path, state: SearchState, extra: dict[str, Any], scorer: MeteredReward) -> None:
+    try:
+        save_state(folder, state, extra)
+    except OSError as error:
+        scorer._warn(f"could not write checkpoint {folder}: {error}; the search goes on without it")

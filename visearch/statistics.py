@@ -1,0 +1,165 @@
+"""Intervals for means of images that share prompts: cluster bootstrap, paired comparison, detectable effect.
+
+Shapes: N = values, C = clusters (prompts), D = bootstrap draws. Images of one prompt are not independent, so whole
+prompts are resampled, each with all its images. Needs numpy alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+DRAWS = 2000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its percentile-bootstrap interval, in the unit of the values.
+
+    Attributes:
+        mean: mean over all values, each value counting once.
+        low, high: the two ends of the interval; equal to ``mean`` when there is one cluster, which says nothing
+            about the spread.
+        clusters: number of independent units that were resampled.
+    """
+
+    mean: float
+    low: float
+    high: float
+    clusters: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        return asdict(self)
+
+
+def cluster_totals(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and sizes of the clusters, ``(C,)`` each, in order of first appearance.
+
+    Args:
+        values: ``(N,)`` finite numbers or booleans.
+        clusters: N labels, for example prompt ids; None makes every value its own cluster.
+
+    Raises:
+        ValueError: no values, values that are not ``(N,)`` and finite, or another number of labels than of values.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"values has shape {array.shape}; give a non-empty one-dimensional sequence")
+    if not np.isfinite(array).all():
+        raise ValueError(f"values has {np.sum(~np.isfinite(array))} entries that are not finite; drop or impute them")
+    if clusters is None:
+        return array, np.ones_like(array)
+    if len(clusters) != array.size:
+        raise ValueError(f"clusters has {len(clusters)} labels for {array.size} values; give one label for each value")
+    codes = {label: code for code, label in enumerate(dict.fromkeys(clusters))}
+    index = np.fromiter((codes[label] for label in clusters), dtype=np.intp, count=array.size)
+    return np.bincount(index, weights=array), np.bincount(index).astype(np.float64)
+
+
+def resample(totals: np.ndarray, rng: np.random.Generator, draws: int = DRAWS) -> np.ndarray:
+    """Bootstrap totals ``(D, K)``: C rows of ``totals (C, K)`` are drawn with replacement and summed, D times."""
+    if draws < 1:
+        raise ValueError(f"draws is {draws}; it must be at least 1")
+    number = len(totals)
+    counts = rng.multinomial(number, np.full(number, 1 / number), size=draws)
+    return counts @ totals
+
+
+def percentile_interval(mean: float, draws: np.ndarray, clusters: int, level: float = LEVEL) -> Interval:
+    """The central ``level`` of bootstrap means ``draws (D,)`` around ``mean``.
+
+    Raises:
+        ValueError: ``level`` is not inside (0, 1).
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; it must lie between 0 and 1, for example 0.95")
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(mean), float(low), float(high), clusters)
+
+
+def mean_interval(
+    values: ArrayLike,
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    level: float = LEVEL,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Interval:
+    """Mean of ``values (N,)`` with a percentile interval from resampled clusters.
+
+    Args:
+        values: finite numbers or booleans.
+        clusters: one label for each value; None when the values are independent.
+        level: coverage of the interval.
+        draws: D.
+        seed: of the resampling; equal arguments give equal intervals.
+    """
+    sums, sizes = cluster_totals(values, clusters)
+    totals = resample(np.stack([sums, sizes], axis=1), np.random.default_rng(seed), draws)
+    return percentile_interval(sums.sum() / sizes.sum(), totals[:, 0] / totals[:, 1], len(sums), level)
+
+
+def paired_interval(
+    a: ArrayLike,
+    b: ArrayLike,
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    level: float = LEVEL,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Interval:
+    """Mean of ``a - b`` with a percentile interval that keeps pairs and clusters together.
+
+    Args:
+        a, b: ``(N,)`` results of two methods on the same prompts in the same order.
+        clusters: one prompt label for each pair; None when every pair is its own prompt.
+        level, draws, seed: as in ``mean_interval``.
+
+    Raises:
+        ValueError: ``a`` and ``b`` differ in shape, or hold values that are not finite.
+    """
+    return mean_interval(_differences(a, b), clusters, level=level, draws=draws, seed=seed)
+
+
+def minimum_detectable_effect(
+    differences: ArrayLike,
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    power: float = 0.8,
+    level: float = LEVEL,
+) -> float:
+    """Smallest true mean difference that a two-sided paired test would find with probability ``power``.
+
+    ``(z[(1 + level) / 2] + z[power]) * se``, the normal approximation, with the cluster-robust standard error of the
+    mean, ``se^2 = C / (C - 1) * sum_c (sum_c - size_c * mean)^2 / N^2``.
+
+    Args:
+        differences: ``(N,)`` paired differences, for example ``a - b`` of ``paired_interval``.
+        clusters: one prompt label for each difference; None when they are independent.
+
+    Raises:
+        ValueError: fewer than two clusters, or ``power`` or ``level`` not inside (0, 1).
+    """
+    for name, value in (("power", power), ("level", level)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name} is {value}; it must lie between 0 and 1")
+    sums, sizes = cluster_totals(differences, clusters)
+    number = len(sums)
+    if number < 2:
+        raise ValueError(f"differences come from {number} cluster; a standard error needs results on two or more")
+    residuals = sums - sizes * (sums.sum() / sizes.sum())
+    error = np.sqrt(number / (number - 1) * np.sum(residuals**2)) / sizes.sum()
+    normal = NormalDist()
+    return float((normal.inv_cdf((1 + level) / 2) + normal.inv_cdf(power)) * error)
+
+
+def _differences(a: ArrayLike, b: ArrayLike) -> np.ndarray:
+    left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if left.shape != right.shape:
+        raise ValueError(f"a has shape {left.shape} and b {right.shape}; pair results on the same prompts")
+    return left - right
