@@ -37,7 +37,9 @@ def save_state(folder: str | Path, state: SearchState, extra: dict[str, Any]) ->
             shutil.rmtree(old, ignore_errors=True)
 
 
-def load_state(folder: str | Path, blank: SearchState, device: Any = "cpu") -> tuple[SearchState, dict[str, Any]] | None:
+def load_state(
+    folder: str | Path, blank: SearchState, device: Any = "cpu"
+) -> tuple[SearchState, dict[str, Any]] | None:
     """The latest complete round and its extra, or ``None`` where there is none.
 
     Args:

@@ -18,7 +18,7 @@ from visearch.selection import best_per_prompt, rank, top_k
 
 __all__ = ["Round", "SearchResult", "run_search"]
 
-SAFETY = 1.2  # a round is begun only if 1.2 x the longest one so far still fits before the deadline
+SAFETY = 1.2  # a candidate is begun only if 1.2 x the mean time of one still fits before the deadline
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,8 @@ def run_search(
     if checkpoint is not None and (saved := load_state(checkpoint, state, getattr(sampler, "device", "cpu"))):
         state, extra = saved
         if extra["fingerprint"] != print_of_run:
-            raise ValueError(f"checkpoint={str(checkpoint)!r} belongs to another run; delete it or choose another folder")
-        saved_ledger = Ledger.from_dict(extra["ledger"])
-        ledger.__dict__.update(saved_ledger.__dict__)
+            raise ValueError(f"checkpoint={str(checkpoint)!r} is of another run; delete it or choose another folder")
+        vars(ledger).update(vars(Ledger.from_dict(extra["ledger"])))
 
     def evaluate(population: Population) -> Population:
         final = population.stage == metered.num_stages
@@ -169,7 +168,7 @@ def run_search(
         return Round(state.round, state, scores, ledger, result(stopped, error), last)
 
     begin, before = time.perf_counter(), ledger.seconds["total"]
-    longest, stopped, error = 0.0, "done", None
+    stopped, error = "done", None
     with torch.no_grad():
         while not search.done(state):
             elapsed = time.perf_counter() - begin
@@ -177,8 +176,9 @@ def run_search(
             if cancelled():
                 stopped = "cancelled"
                 break
-            if room == 0 or (budget.max_seconds and elapsed >= budget.max_seconds):
-                stopped = "deadline" if budget.max_seconds and elapsed + longest >= budget.max_seconds else "budget"
+            if room == 0:
+                rows_left = budget.max_nfe is None or _room(replace(budget, max_seconds=None), ledger, metered, state, 0)
+                stopped = "deadline" if rows_left else "budget"
                 break
             try:
                 state = search.step(replace(state, room=room), metered, evaluate)
@@ -191,7 +191,6 @@ def run_search(
             except (RewardError, OutOfMemory) as failure:
                 stopped, error = "failed", failure
                 break
-            longest = max(longest, time.perf_counter() - begin - elapsed)
             state = _close_prompts(replace(state, room=None), budget)
             if checkpoint is not None:
                 ledger.seconds["total"] = before + time.perf_counter() - begin
@@ -228,9 +227,9 @@ def _close_prompts(state: SearchState, budget: Budget) -> SearchState:
         mine = [(rows.order_key(r), float(rows.score[r])) for r in range(len(rows)) if int(rows.prompt[r]) == prompt]
         scores = [s for _, s in sorted(mine)]
         best = max(scores, default=float("-inf"))
+        since = len(scores) - 1 - scores.index(best) if scores else 0
         reached = budget.target is not None and best >= budget.target
-        stale = budget.patience is not None and len(scores) - 1 - scores.index(best) >= budget.patience if scores else False
-        if not (reached or stale):
+        if not reached and (budget.patience is None or since < budget.patience):
             still_open.append(prompt)
     return replace(state, open_prompts=tuple(still_open))
 
@@ -240,7 +239,7 @@ def _all_failed(rows: Population, request: Request) -> tuple[str, ...]:
     for prompt, row in best_per_prompt(rows, range(len(request.prompts))).items():
         if rows.score[row] == float("-inf"):
             text = request.reward_prompts[prompt]
-            notes.append(f"the reward failed on every candidate of {text!r}; candidate {rows.candidate[row]} is returned")
+            notes.append(f"the reward failed on every candidate of {text!r}; candidate {rows.id[row]} is returned")
             warnings.warn(notes[-1], stacklevel=3)
     return tuple(notes)
 

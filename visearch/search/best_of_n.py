@@ -38,7 +38,7 @@ class BestOfN:
         one = sampler.nfe(0, sampler.num_stages)
         n = self.n if max_nfe is None else min(self.n, max_nfe // one)
         if n < 1:
-            raise ValueError(f"max_nfe={max_nfe} is too small: one candidate costs {one} model rows; give at least {one}")
+            raise ValueError(f"max_nfe={max_nfe} a prompt is too small: one candidate costs {one} model rows")
         images = n * sampler.cost(0, sampler.num_stages)
         return Budgeted(replace(self, n=n), nfe=n * one, images=images, decodes=n, rewards=n)
 
