@@ -43,8 +43,8 @@ BELOW: dict[str, set[str] | None] = {
     "assets": {"protocols"},
     "core": LIBRARY,
     "app": LIBRARY | TOP | {"assets"},
-    **{name: LIBRARY | TOP | WORLDS for name in TOP},
-    **{name: None for name in ENTRY - {"app"}},
+    **dict.fromkeys(TOP, LIBRARY | TOP | WORLDS),
+    **dict.fromkeys(ENTRY - {"app"}),
 }
 
 
