@@ -89,17 +89,16 @@ class _Toy:
         if len(seeds) != len(population):
             raise ValueError(f"seeds has {len(seeds)} entries for {len(population)} rows; give one a row")
         generators = [torch.Generator().manual_seed(s) for s in seeds]
-        lineage = tuple(
-            (*events, Event(op, population.stage, s, value)) for events, s in zip(population.lineage, seeds, strict=True)
-        )
+        pairs = zip(population.lineage, seeds, strict=True)
+        lineage = tuple((*events, Event(op, population.stage, s, value)) for events, s in pairs)
         return replace(population, lineage=lineage), generators
 
 
 class GaussianToy(_Toy):
     """Flow matching towards N(mu(prompt), scale^2), solved in closed form; a stage is one step of a uniform grid.
 
-    ``x_t = (1 - t) x0 + t eps`` has mean ``(1 - t) mu`` and variance ``v(t) = (1 - t)^2 scale^2 + t^2``, so the ODE maps
-    ``x_t - (1 - t) mu`` to ``sqrt(v(s) / v(t))`` times itself, and stage T is exactly ``mu + scale * noise``.
+    ``x_t = (1 - t) x0 + t eps`` has mean ``(1 - t) mu`` and variance ``v(t) = (1 - t)^2 scale^2 + t^2``, so the ODE
+    maps ``x_t - (1 - t) mu`` to ``sqrt(v(s) / v(t))`` times itself, and stage T is exactly ``mu + scale * noise``.
 
     Args:
         steps: T.
@@ -128,15 +127,19 @@ class GaussianToy(_Toy):
         return (stop - start) / self.num_stages
 
     def sample(self, prompt: str, generator: torch.Generator) -> Tensor:
-        """(D,) the unsearched result: one draw, mapped by the closed form of the whole flow."""
-        noise = torch.randn(self.dims, generator=generator, dtype=torch.float64)
-        return self._target(prompt) + self.scale * noise
+        """(D,) the unsearched ODE result, one plain loop: equal to ``mu + scale * noise`` up to rounding."""
+        x, target = torch.randn(self.dims, generator=generator, dtype=torch.float64), self._target(prompt)
+        for stage in range(self.num_stages):
+            t, s = self.time(stage), self.time(stage + 1)
+            ratio = math.sqrt((1 - s) ** 2 * self.scale**2 + s**2) / math.sqrt((1 - t) ** 2 * self.scale**2 + t**2)
+            x = (1 - s) * target + ratio * (x - (1 - t) * target)
+        return x
 
     def predict_x0(self, population: Population) -> Population:
         if population.stage == 0:
             raise ValueError("stage 0 has no preview; advance at least one stage first")
         x0 = population.state.tensors["x0"]
-        return replace(population, stage=self.num_stages, state=self._with(population.state, x=x0))
+        return replace(population, stage=self.num_stages, state=population.state.update(x=x0))
 
     def renoise(self, population: Population, to_stage: int, seeds: Sequence[int]) -> Population:
         if not 0 <= to_stage < population.stage:
@@ -145,7 +148,7 @@ class GaussianToy(_Toy):
         s, t = self.time(population.stage), self.time(to_stage)
         kept = (1 - t) / (1 - s)
         fresh = math.sqrt(t**2 - (kept * s) ** 2)
-        state = self._with(moved.state, x=kept * moved.state.tensors["x"] + fresh * self._noise(generators))
+        state = moved.state.update(x=kept * moved.state.tensors["x"] + fresh * self._noise(generators))
         return replace(moved, stage=to_stage, state=state, rng=tuple(g.get_state() for g in generators))
 
     def perturb(self, population: Population, strength: float, seeds: Sequence[int]) -> Population:
@@ -157,7 +160,7 @@ class GaussianToy(_Toy):
         t, x = self.time(population.stage), moved.state.tensors["x"]
         x0, eps = self._posterior(x, moved.state.tensors["target"], t)
         eps = math.sqrt(1 - strength**2) * eps + strength * self._noise(generators)
-        state = self._with(moved.state, x=(1 - t) * x0 + t * eps)
+        state = moved.state.update(x=(1 - t) * x0 + t * eps)
         return replace(moved, state=state, rng=tuple(g.get_state() for g in generators))
 
     def view(self, transition: Transition | None = None, cache: Any = None, guidance: Any = None) -> GaussianToy:
@@ -194,18 +197,14 @@ class GaussianToy(_Toy):
         if eta == 0:
             spread = [math.sqrt((1 - u) ** 2 * self.scale**2 + u**2) for u in (s, t)]
             moved = (1 - s) * target + spread[0] / spread[1] * (x - (1 - t) * target)
-            return self._with(state, x=moved, x0=x0)
+            return state.update(x=moved, x0=x0)
         ratio = (1 - t) * s / ((1 - s) * t)
         k = eta * s * math.sqrt(1 - ratio**2)
         moved = (1 - s) * x0 + math.sqrt(s**2 - k**2) * eps + k * self._noise(generators)
-        return self._with(state, x=moved, x0=x0)
+        return state.update(x=moved, x0=x0)
 
     def _pixels(self, state: RowState) -> Tensor:
         return (0.5 + state.tensors["x"].float() / 16).clamp(0, 1).reshape(-1, 3, 4, 4)
-
-    @staticmethod
-    def _with(state: RowState, **tensors: Tensor) -> RowState:
-        return replace(state, tensors={**state.tensors, **tensors})
 
 
 class TokenToy(_Toy):
@@ -257,7 +256,7 @@ class TokenToy(_Toy):
             raise ValueError("stage 0 has no preview; advance to a milestone first")
         tokens, guess = population.state.tensors["tokens"], population.state.tensors["x0"]
         filled = torch.where(tokens == self.mask, guess[:, :1], tokens)
-        return replace(population, stage=self.num_stages, state=self._with(population.state, tokens=filled))
+        return replace(population, stage=self.num_stages, state=population.state.update(tokens=filled))
 
     def renoise(self, population: Population, to_stage: int, seeds: Sequence[int]) -> Population:
         """Mask again what was committed after ``to_stage``; the cache is rebuilt from what is left."""
@@ -266,7 +265,7 @@ class TokenToy(_Toy):
         moved, generators = self._rekey(population, "renoise", to_stage, seeds)
         tokens = moved.state.tensors["tokens"].clone()
         tokens[:, to_stage * self.per_commit :] = self.mask
-        state = self._with(moved.state, tokens=tokens, cache=self._rebuild(tokens))
+        state = moved.state.update(tokens=tokens, cache=self._rebuild(tokens))
         return replace(moved, stage=to_stage, state=state, rng=tuple(g.get_state() for g in generators))
 
     def perturb(self, population: Population, strength: float, seeds: Sequence[int]) -> Population:
@@ -280,7 +279,7 @@ class TokenToy(_Toy):
         for row, generator in enumerate(generators):
             places = torch.randperm(committed, generator=generator)[: round(strength * committed)]
             tokens[row, places] = torch.randint(self.vocabulary, (len(places),), generator=generator)
-        state = self._with(moved.state, tokens=tokens, cache=self._rebuild(tokens))
+        state = moved.state.update(tokens=tokens, cache=self._rebuild(tokens))
         return replace(moved, state=state, rng=tuple(g.get_state() for g in generators))
 
     def view(self, transition: Transition | None = None, cache: Any = None, guidance: Any = None) -> TokenToy:
@@ -311,7 +310,7 @@ class TokenToy(_Toy):
         tokens = state.tensors["tokens"].clone()
         tokens[:, stage * self.per_commit : (stage + 1) * self.per_commit] = drawn
         cache = self._extend(state.tensors["cache"], drawn)
-        return self._with(state, tokens=tokens, cache=cache, x0=logits.argmax(-1, keepdim=True))
+        return state.update(tokens=tokens, cache=cache, x0=logits.argmax(-1, keepdim=True))
 
     def _extend(self, cache: Tensor, tokens: Tensor) -> Tensor:
         for column in tokens.unbind(1):
@@ -326,7 +325,3 @@ class TokenToy(_Toy):
     def _pixels(self, state: RowState) -> Tensor:
         values = state.tensors["tokens"].float() / (self.vocabulary - 1)
         return values[:, torch.arange(48) % values.shape[1]].reshape(-1, 3, 4, 4)
-
-    @staticmethod
-    def _with(state: RowState, **tensors: Tensor) -> RowState:
-        return replace(state, tensors={**state.tensors, **tensors})

@@ -342,21 +342,21 @@ class MeteredReward:
     def _check_order(
         self, samples: Any, prompts: Sequence[str], level: float | None, metadata: Sequence[Any], values: Tensor
     ) -> None:
-        """Score two rows again, swapped: a reward whose answers depend on position would crown the wrong image."""
+        """Score the best and the worst again, each alone: a reward that mixes up rows would crown the wrong image."""
         finite = torch.isfinite(values).nonzero().flatten()
         if len(finite) < 2 or values[finite].max() == values[finite].min():
             return
         rows = [int(finite[values[finite].argmax()]), int(finite[values[finite].argmin()])]
-        pair = samples[rows] if torch.is_tensor(samples) else [samples[r] for r in rows]
         self._order_checked = True
         name, self.name = self.name, f"{self.name} (order check)"
-        again = self._score(pair, [prompts[r] for r in rows], level, [metadata[r] for r in rows])
+        one = [slice(r, r + 1) for r in rows]
+        again = torch.cat([self._score(samples[r], prompts[r], level, metadata[r]) for r in one])
         self.name = name
         scale = float(values[finite].max() - values[finite].min())
         if not torch.allclose(again, values[rows], atol=0.25 * scale, equal_nan=True):
             first, second = ([round(v, 4) for v in t.tolist()] for t in (values[rows], again))
             raise RewardError(
-                f"reward {self.name!r} gave the same two samples {first} in one batch and {second} in another; "
+                f"reward {self.name!r} gave two samples the scores {first} in one batch and {second} alone; "
                 "scores must come back in input order and not depend on the other samples"
             )
 

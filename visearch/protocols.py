@@ -180,6 +180,10 @@ class RowState:
         }
         return replace(first, tensors=joined)
 
+    def update(self, **tensors: Tensor) -> RowState:
+        """The same state with some tensors replaced; their row axes stay."""
+        return replace(self, tensors={**self.tensors, **tensors})
+
     def snapshot(self) -> RowState:
         return replace(self, tensors={name: t.clone() for name, t in self.tensors.items()})
 

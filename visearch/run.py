@@ -177,8 +177,8 @@ def run_search(
                 stopped = "cancelled"
                 break
             if room == 0:
-                rows_left = budget.max_nfe is None or _room(replace(budget, max_seconds=None), ledger, metered, state, 0)
-                stopped = "deadline" if rows_left else "budget"
+                rows_spent = _room(replace(budget, max_seconds=None), ledger, metered, state, 0) == 0
+                stopped = "budget" if rows_spent else "deadline"
                 break
             try:
                 state = search.step(replace(state, room=room), metered, evaluate)

@@ -1,0 +1,74 @@
+"""One small case per registered search and sampler; a new registry entry without a case fails the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visearch.pipelines import SAMPLERS
+from visearch.protocols import Request, Sampler, Scores
+from visearch.search import SEARCHES
+
+PROMPTS = ("a photo of a cow", "a photo of two cats")
+
+
+class PixelReward:
+    """Linear in the pixels, computed row by row: exact on any batch split."""
+
+    name, higher_is_better, range = "pixel", True, (-10.0, 10.0)
+    licence, source, needs = "Apache-2.0", "tests", frozenset({"pixels"})
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def score(self, samples: Tensor, prompts: Sequence[str], *, noise_level=None, metadata=None) -> Scores:
+        self.calls.append(len(prompts))
+        flat = samples.double().flatten(1)
+        weights = torch.linspace(-1, 1, flat.shape[1], dtype=torch.float64)
+        return Scores(torch.tensor([float((row * weights).sum()) for row in flat]))
+
+
+def toy_case(name: str) -> Case:
+    cls = SAMPLERS.load(name)
+    return Case(make=lambda: cls(), bare=lambda sampler, prompt, seed: sampler.sample(prompt, generator(seed)))
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class Case:
+    """How to build a sampler and to run its generator without visearch.
+
+    ``bare(sampler, prompt, seed)`` returns what ``outcome`` picks from a finished row.
+    """
+
+    make: Callable[[], Sampler]
+    bare: Callable[[Sampler, str, int], Tensor]
+    call: Mapping[str, Any] = field(default_factory=dict)
+    tolerance: float = 0.0
+    decoded: bool = False
+
+    def request(self, prompts: Sequence[str] = PROMPTS, seed: int = 7) -> Request:
+        return Request(tuple(prompts), seed=seed, call=self.call)
+
+    def same(self, a: Tensor, b: Tensor) -> bool:
+        return torch.equal(a, b) if self.tolerance == 0 else torch.allclose(a, b, rtol=0, atol=self.tolerance)
+
+
+# Hyperparameters that make each search small; what is not named here runs with its defaults.
+SMALL: dict[str, dict[str, Any]] = {"best-of-n": {"n": 5, "batch": 2}}
+
+SAMPLER_CASES: dict[str, Callable[[], Case]] = {
+    "gaussian-toy": lambda: toy_case("gaussian-toy"),
+    "token-toy": lambda: toy_case("token-toy"),
+}
+
+
+def make_search(name: str, **changes: Any) -> Any:
+    return SEARCHES.load(name)(**{**SMALL.get(name, {}), **changes})
