@@ -1,4 +1,4 @@
-# make demo | test | lint, from a bare machine with Python 3.10+ and make. The environment is made once and reused.
+# make demo | test | lint, from a bare machine with Python 3.11+ and make. The environment is made once and reused.
 #
 #   VENV         where the environment lies                              (.venv)
 #   PYTHON       the interpreter that makes it                           (python3)
