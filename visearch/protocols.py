@@ -318,7 +318,7 @@ class Population:
         made = []
         for state in self.rng:
             generator = torch.Generator(self.rng_device)
-            generator.set_state(state)
+            generator.set_state(state.clone())  # torch crashes on a view that does not begin its storage
             made.append(generator)
         return made
 

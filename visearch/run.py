@@ -34,6 +34,7 @@ class SearchResult:
         error: the exception behind ``"failed"`` or ``"interrupted"``.
         samples: (prompt, id) -> decoded sample of each finished row.
         warnings: what went wrong without ending the run.
+        held_out: reward -> its scores of the winners, for rewards that the search never saw.
     """
 
     request: Request
@@ -43,6 +44,7 @@ class SearchResult:
     error: BaseException | None = None
     samples: dict[tuple[int, str], Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    held_out: dict[str, list[float]] = field(default_factory=dict)
 
     def winners(self, k: int = 1) -> Population:
         """The k best rows of each prompt, prompt by prompt, best first.
