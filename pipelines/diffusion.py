@@ -1,0 +1,525 @@
+"""Any stock diffusers pipeline as a sampler, by replay (:mod:`visearch.pipelines.replay`)."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.schedulers import LMSDiscreteScheduler, PNDMScheduler
+from torch import Tensor
+
+from visearch.pipelines import flow
+from visearch.pipelines.flow import Level
+from visearch.pipelines.replay import Replay, Schedule
+from visearch.protocols import (
+    EtaStep,
+    Event,
+    Meter,
+    NullMeter,
+    Ode,
+    Population,
+    Request,
+    RowState,
+    Sde,
+    Seed,
+    Transition,
+)
+
+__all__ = ["DiffusionSampler"]
+
+_NUMBERS = ("num_images_per_prompt", "num_videos_per_prompt")
+_RESERVED = {"prompt", "generator", "latents", "return_dict", *_NUMBERS}
+
+
+class DiffusionSampler:
+    """Drives an unmodified diffusers pipeline: stop, drop, copy, re-noise and resume candidates at any stage.
+
+    One stage is one step of the scheduler; schedulers of order 2 (Heun, KDPM2) take two model calls for it. Stage 0
+    is the initial noise. The first stage of a row equals the plain call bit for bit, and so does the whole run.
+
+    State of a row: at stage 0 its ``noise``; later what ``scheduler.step`` returned (``out.*``), the clean estimate
+    (``x0.*``) and the scheduler's history (``scheduler.*``); always ``rng_start``, the stream as the call begins.
+
+    Args:
+        pipe: the pipeline; left as it was after every method.
+        call: keyword arguments of its call that hold for all requests (size, steps, guidance), without prompt,
+            generator, latents and number of images. They win over a request's own ``call``.
+        example: keyword arguments that stand for a prompt in the dry run which finds the number of stages and their
+            cost; pass embeddings here if the pipeline has no text encoder.
+        decode_batch: most rows to decode at once.
+
+    Raises:
+        ValueError: ``call`` holds a reserved argument, or the pipeline has no loop over ``scheduler.step``.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        call: Mapping[str, Any] | None = None,
+        *,
+        example: Mapping[str, Any] | None = None,
+        decode_batch: int = 16,
+    ) -> None:
+        self.call = dict(call or {})
+        self.decode_batch = decode_batch
+        self.meter: Meter = NullMeter()
+        self.transition: Transition = Ode()
+        _refuse_reserved(self.call)
+        self.shared = _Shared(Replay(pipe, {"prompt": "a photo", **self.call, **(example or {})}))
+        self.num_stages = self.schedule.stages
+        self.milestones = tuple(range(1, self.num_stages + 1))
+
+    @property
+    def pipe(self) -> Any:
+        return self.replay.pipe
+
+    @property
+    def replay(self) -> Replay:
+        return self.shared.replay
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.shared.replay.schedule
+
+    @property
+    def request(self) -> Request | None:
+        """The request whose rows are under way; set it before resuming loaded populations."""
+        return self.shared.request
+
+    @request.setter
+    def request(self, request: Request) -> None:
+        if request is not self.shared.request:
+            _refuse_reserved(request.call)
+            self.shared.request = request
+            self.shared.shapes.clear()
+            self.replay.forget()
+
+    # --- levels and costs ---
+
+    def noise_level(self, stage: int) -> float:
+        """log-SNR of the samples at ``stage``, nats.
+
+        Raises:
+            ValueError: the scheduler's levels are unknown.
+        """
+        return self._level(stage).log_snr
+
+    def nfe(self, start: int, stop: int) -> int:
+        """Model rows per candidate from stage to stage: batched CFG counts two, as do two separate calls."""
+        return self.schedule.nfe(start, stop)
+
+    def cost(self, start: int, stop: int) -> float:
+        """Image-equivalents: share of the model rows of one plain call."""
+        return self.nfe(start, stop) / self.nfe(0, self.num_stages)
+
+    def _level(self, stage: int, slot: int = 0) -> Level:
+        level = self.schedule.level(self.schedule.ends[stage], slot)
+        if level is None:
+            raise ValueError(
+                f"noise levels of {type(self.replay.schedulers[0]).__name__} are unknown; "
+                "use one of the flow-match, DDIM, Euler or DPM-Solver schedulers"
+            )
+        return level
+
+    # --- the life of rows ---
+
+    def init(self, request: Request, seeds: Sequence[Seed]) -> Population:
+        """Rows at stage 0: the noise that the pipeline itself draws from each row's generator; encodes the prompts."""
+        if not seeds:
+            raise ValueError("init needs at least one seed")
+        self.request = request
+        device = next((str(g.device) for g in request.generators if g is not None), "cpu")
+        rng_start = [request.generator(seed, device).get_state() for seed in seeds]
+        prompts = [seed.prompt for seed in seeds]
+        noise: list[Tensor | None] = [None] * len(seeds)
+        rng = list(rng_start)
+        for rows in _groups(prompts):
+            run = self._run(prompts, rows, rng_start, device=device, stop=0)
+            self.shared.shapes[prompts[rows[0]]] = run.shapes
+            for i, row in enumerate(rows):
+                rng[row] = run.rng[i]
+                noise[row] = None if run.drawn is None else run.drawn[i]
+        tensors = {"rng_start": torch.stack(rng_start)}
+        fields: dict[str, Any] = {"clock": 0}
+        if noise[0] is not None:
+            tensors["noise"] = torch.stack(noise)
+            fields["noise_shape"] = list(noise[0].shape)
+        return Population(
+            stage=0,
+            prompt=torch.tensor(prompts),
+            lineage=tuple((Event("init", 0, seed.value, seed.candidate),) for seed in seeds),
+            rng=tuple(rng),
+            state=RowState(tensors, dict.fromkeys(tensors, 0), fields),
+            rng_device=device,
+        )
+
+    def advance(self, population: Population, to: int) -> Population:
+        """Carry all rows to stage ``to``, in one batch where their prompts have the same encoded shapes.
+
+        Raises:
+            ValueError: ``to`` lies before the rows' stage or beyond the last.
+            RuntimeError: out of memory, unchanged; the population is intact, so fewer rows can be tried.
+        """
+        if to == population.stage:
+            return population
+        if not population.stage < to <= self.num_stages:
+            raise ValueError(f"cannot advance from stage {population.stage} to {to}; stages end at {self.num_stages}")
+        prompts = population.prompt.tolist()
+        states, streams, order = [], list(population.rng), []
+        for rows in _groups([self._batch_key(p) for p in prompts]):
+            run = self._run(
+                prompts,
+                rows,
+                population.state.tensors["rng_start"],
+                rng=[population.rng[r] for r in rows],
+                device=population.rng_device,
+                state=population.state if len(rows) == len(population) else population.state.select(torch.tensor(rows)),
+                stop=self.schedule.ends[to],
+                transition=self.transition,
+            )
+            state = run.captured
+            if "noise_shape" in population.state.fields:
+                state = replace(state, fields={**state.fields, "noise_shape": population.state.fields["noise_shape"]})
+            states.append(state)
+            order += rows
+            for row, stream in zip(rows, run.rng, strict=True):
+                streams[row] = stream
+        state = RowState.concat(states)
+        if order != sorted(order):
+            state = state.select(torch.tensor(order).argsort())
+        return replace(population, stage=to, state=state, rng=tuple(streams))
+
+    def predict_x0(self, population: Population) -> Population:
+        """The clean estimates as a population at the last stage; free, since the last model call gave them.
+
+        Raises:
+            ValueError: at stage 0, or where the scheduler's noise levels are unknown.
+        """
+        if population.stage == self.num_stages:
+            return population
+        if population.stage == 0:
+            raise ValueError("stage 0 is pure noise and has no preview; advance at least one stage")
+        old, tensors = population.state.tensors, {"rng_start": population.state.tensors["rng_start"]}
+        for name, value in old.items():
+            if name.startswith("out."):
+                x0 = old.get(f"x0.{name.split('.')[1]}")
+                if x0 is None:
+                    self._level(population.stage)  # says what to do
+                    raise ValueError("this pipeline's steps give no clean estimate; score finished rows only")
+                tensors[name] = x0 if value.shape == x0.shape else value
+        fields = {k: v for k, v in population.state.fields.items() if k != "schedulers"}
+        state = RowState(tensors, dict.fromkeys(tensors, 0), {**fields, "clock": self.schedule.calls})
+        return replace(population, stage=self.num_stages, state=state)
+
+    def renoise(self, population: Population, to_stage: int, seeds: Sequence[int]) -> Population:
+        """Back to an earlier stage at exactly its noise level; multistep history starts afresh.
+
+        Args:
+            population: B rows, not at stage 0.
+            to_stage: earlier than theirs.
+            seeds: (B,), each begins the row's new random stream.
+
+        Raises:
+            ValueError: ``to_stage`` is not earlier; the scheduler cannot begin in the middle (PNDM, LMS); or stage 0
+                is asked for of a pipeline that packs its latents and does not begin from pure noise.
+        """
+        if not 0 <= to_stage < population.stage:
+            raise ValueError(f"cannot re-noise from stage {population.stage} to {to_stage}; give an earlier stage")
+        streams, old = self._streams(population, seeds), population.state
+        clock = self.schedule.ends[to_stage]
+
+        def back(slot: int, x: Tensor) -> Tensor:
+            noise = _normal(x.shape, streams, x)
+            moved = flow.renoise(x.float(), noise, self._level(population.stage, slot), self._level(to_stage, slot))
+            return moved.to(x)
+
+        if to_stage == 0:
+            shape = old.fields.get("noise_shape")
+            x, level = old.tensors["out.0.prev_sample"], self._level(0)
+            if shape is None:
+                raise ValueError("the initial noise of this pipeline is not known; re-noise to stage 1 or later")
+            if level.alpha == 0:
+                noise = _normal((len(population), *shape), streams, x)
+            elif list(x.shape[1:]) == shape:
+                noise = back(0, x) / self.shared.noise_scale(x)
+            else:
+                raise ValueError("latents are packed and stage 0 is not pure noise; re-noise to stage 1 or later")
+            tensors = {"rng_start": old.tensors["rng_start"], "noise": noise}
+            state = RowState(tensors, dict.fromkeys(tensors, 0), {"clock": 0, "noise_shape": shape})
+        else:
+            self._refuse_history()
+            tensors = {"rng_start": old.tensors["rng_start"]}
+            for name, x in old.tensors.items():
+                if name.startswith("out."):
+                    slot = int(name.split(".")[1])
+                    tensors[name] = back(slot, x) if name.endswith(".prev_sample") else x
+                    tensors[f"x0.{slot}"] = old.tensors.get(f"x0.{slot}", old.tensors[f"out.{slot}.prev_sample"])
+            state = self._restarted(old, tensors, clock)
+        return self._moved(population, "renoise", to_stage, state, streams, seeds, to_stage)
+
+    def perturb(self, population: Population, strength: float, seeds: Sequence[int]) -> Population:
+        """Stay at the stage and turn each row's noise towards a fresh draw; the clean estimate stays.
+
+        ``eps -> sqrt(1 - b^2) eps + b z``; at stage 0 on the initial noise itself. Multistep history starts afresh,
+        and the row's random stream is re-keyed. The preview remains the parent's until the next model call.
+
+        Args:
+            population: B rows, not at the last stage.
+            strength: b in [0, 1]; 0 returns the population.
+            seeds: (B,).
+
+        Raises:
+            ValueError: strength outside [0, 1], the last stage, or a scheduler that cannot begin in the middle.
+        """
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength is {strength}; it must lie in [0, 1]")
+        if strength == 0:
+            return population
+        if population.stage == self.num_stages:
+            raise ValueError("rows at the last stage have no noise to perturb; re-noise them to an earlier stage")
+        streams, old = self._streams(population, seeds), population.state
+        tensors = {k: v for k, v in old.tensors.items() if not k.startswith("scheduler.")}
+        if population.stage == 0:
+            if "noise" not in tensors:
+                raise ValueError("the initial noise of this pipeline is not known; perturb at stage 1 or later")
+            x, pure = tensors["noise"], Level(0.0, 1.0)
+            noise = _normal(x.shape, streams, x)
+            tensors["noise"] = flow.perturb(x.float(), torch.zeros_like(noise), noise, pure, strength).to(x)
+            state = replace(old, tensors=tensors)
+        else:
+            self._refuse_history()
+            for name in [n for n in tensors if n.endswith(".prev_sample")]:
+                slot = int(name.split(".")[1])
+                x, level = tensors[name], self._level(population.stage, slot)
+                x0 = tensors[f"x0.{slot}"].float()
+                noise = _normal(x.shape, streams, x)
+                tensors[name] = flow.perturb(x.float(), x0, noise, level, strength).to(x)
+            state = self._restarted(old, tensors, old.fields["clock"])
+        return self._moved(population, "perturb", population.stage, state, streams, seeds, strength)
+
+    def select(self, population: Population, index: Sequence[int]) -> Population:
+        """Gather rows, repeats allowed; see :meth:`Population.select`."""
+        return population.select(index)
+
+    def concat(self, populations: Sequence[Population]) -> Population:
+        """Join populations of one stage."""
+        return Population.concat(populations)
+
+    # --- results ---
+
+    def decode(self, population: Population) -> Tensor:
+        """Images (B, 3, H, W) or videos (B, F, 3, H, W) of rows at the last stage, float in [0, 1].
+
+        The pipeline's own decoding, by replay of a loop in which nothing runs.
+        """
+        parts = [o[0] for o in self._outputs(population, {"output_type": "pt", "return_dict": False})]
+        return torch.cat([torch.as_tensor(np.stack(p) if isinstance(p, list) else p) for p in parts])
+
+    def output(self, population: Population, **overrides: Any) -> Any:
+        """What the pipeline's call returns for rows at the last stage, in order, as its own output class.
+
+        Args:
+            population: B rows at the last stage.
+            overrides: arguments of the call that replace the request's, such as ``output_type`` or ``return_dict``.
+        """
+        return _merge(self._outputs(population, overrides, callbacks=True))
+
+    def _outputs(self, population: Population, overrides: Mapping[str, Any], callbacks: bool = False) -> list[Any]:
+        if population.stage != self.num_stages:
+            raise ValueError(
+                f"rows are at stage {population.stage}, only stage {self.num_stages} can be decoded; "
+                "advance them or take predict_x0"
+            )
+        prompts = population.prompt.tolist()
+        # the loop computes nothing here, so rows may go through under any prompt; images given per prompt do matter
+        text_only = all("prompt" in name for name in self.request.per_prompt)
+        runs = [list(range(len(prompts)))] if text_only else _consecutive(prompts)
+        outputs = []
+        for rows in runs:
+            for start in range(0, len(rows), self.decode_batch):
+                part = rows[start : start + self.decode_batch]
+                begin = time.perf_counter()
+                run = self._run(
+                    [prompts[part[0]]] * len(prompts),
+                    part,
+                    population.state.tensors["rng_start"],
+                    rng=[population.rng[r] for r in part],
+                    device=population.rng_device,
+                    state=population.state.select(torch.tensor(part)),
+                    callbacks=callbacks,
+                    overrides=overrides,
+                )
+                self.meter.decode(len(part), time.perf_counter() - begin)
+                outputs.append(run.output)
+        return outputs
+
+    def view(
+        self, transition: Transition | None = None, cache: Any | None = None, guidance: Any | None = None
+    ) -> DiffusionSampler:
+        """The same sampler with another transition: ``Ode`` (the scheduler's own step), ``Sde`` or ``EtaStep``.
+
+        Raises:
+            ValueError: a cache or guidance view; a stochastic step on a scheduler of order 2 or of unknown levels.
+        """
+        if cache is not None or guidance is not None:
+            raise ValueError("DiffusionSampler has views of transition only; leave cache and guidance out")
+        made = copy.copy(self)
+        if transition is not None:
+            if isinstance(transition, (Sde, EtaStep)):
+                if self.schedule.order != 1:
+                    raise ValueError(f"{type(transition).__name__} needs a scheduler of order 1, this one has order 2")
+                self._level(0)
+            made.transition = transition
+        return made
+
+    # --- one call of the pipeline ---
+
+    def _run(
+        self,
+        prompts: Sequence[int],
+        rows: Sequence[int],
+        rng_start: Sequence[Tensor] | Tensor,
+        overrides: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Call the pipeline with exactly these rows."""
+        if self.request is None:
+            raise ValueError("no request is under way; call init, or set request before resuming a loaded population")
+        known, request = self.replay.parameters, self.request
+        call = {**request.call, **self.call, **(overrides or {})}
+        own = [prompts[r] for r in rows]
+        texts = {"prompt": request.prompts, **request.per_prompt}
+        texts = {k: v for k, v in texts.items() if any(v[p] is not None for p in own)}
+        number = next((n for n in _NUMBERS if n in known), None)
+        if number is not None and len(set(own)) == 1:
+            call |= {k: v[own[0]] for k, v in texts.items()} | {number: len(rows)}
+        else:
+            call |= {k: _batch([v[p] for p in own]) for k, v in texts.items()}
+        start = [rng_start[r] for r in rows]
+        return self.replay.run(call, start, meter=self.meter, **options)
+
+    def _batch_key(self, prompt: int) -> Any:
+        """Prompts with equal keys can share a batch."""
+        texts = all(isinstance(v, (str, type(None))) for values in self.request.per_prompt.values() for v in values)
+        shapes = self.shared.shapes.get(prompt)
+        alone = not texts or not shapes or self.request.prompts[prompt] is None
+        return prompt if alone else ("shapes", repr(shapes))
+
+    # --- moves ---
+
+    def _streams(self, population: Population, seeds: Sequence[int]) -> list[torch.Generator]:
+        if len(seeds) != len(population):
+            raise ValueError(f"{len(seeds)} seeds for {len(population)} rows; give one a row")
+        return [torch.Generator(population.rng_device).manual_seed(int(s)) for s in seeds]
+
+    def _refuse_history(self) -> None:
+        for scheduler in self.replay.schedulers:
+            if isinstance(scheduler, (PNDMScheduler, LMSDiscreteScheduler)):
+                raise ValueError(
+                    f"{type(scheduler).__name__} cannot begin in the middle of its schedule without history; "
+                    "use DDIM, Euler, DPM-Solver or UniPC for searches that move rows"
+                )
+
+    def _restarted(self, old: RowState, tensors: dict[str, Tensor], clock: int) -> RowState:
+        """State at a clock with schedulers that have no history."""
+        schedule = self.schedule
+        schedulers = {
+            str(slot): {} if first is None else {"_step_index": first + schedule.slots[:clock].count(slot)}
+            for slot, first in enumerate(schedule.indexed)
+        }
+        fields = {**old.fields, "clock": clock, "schedulers": schedulers}
+        return RowState(tensors, dict.fromkeys(tensors, 0), fields)
+
+    def _moved(
+        self,
+        population: Population,
+        op: str,
+        stage: int,
+        state: RowState,
+        streams: Sequence[torch.Generator],
+        seeds: Sequence[int],
+        value: float,
+    ) -> Population:
+        events = [Event(op, population.stage, int(s), float(value)) for s in seeds]
+        return replace(
+            population,
+            stage=stage,
+            state=state,
+            lineage=tuple((*old, e) for old, e in zip(population.lineage, events, strict=True)),
+            rng=tuple(g.get_state() for g in streams),
+        )
+
+
+class _Shared:
+    """What a sampler and its views have in common."""
+
+    def __init__(self, replay: Replay) -> None:
+        self.replay = replay
+        self.request: Request | None = None
+        self.shapes: dict[int, Any] = {}  # prompt -> shapes of what encode_prompt gave
+
+    def noise_scale(self, like: Tensor) -> float:
+        """What the pipeline multiplies the drawn noise with, to make its first sample."""
+        return float(getattr(self.replay.schedulers[0], "init_noise_sigma", 1.0))
+
+
+def _refuse_reserved(call: Mapping[str, Any]) -> None:
+    taken = sorted(_RESERVED & set(call))
+    if taken:
+        raise ValueError(
+            f"call holds {', '.join(taken)}; the prompt and generator belong to the Request, the noise and the number "
+            "of images to the search: leave them out"
+        )
+
+
+def _groups(keys: Sequence[Any]) -> list[list[int]]:
+    """Positions of equal keys, in order of first appearance."""
+    groups: dict[Any, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
+
+
+def _consecutive(keys: Sequence[Any]) -> list[list[int]]:
+    """Positions cut wherever the key changes."""
+    groups: list[list[int]] = []
+    for i, key in enumerate(keys):
+        if i and key == keys[i - 1]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _normal(shape: Sequence[int], streams: Sequence[torch.Generator], like: Tensor) -> Tensor:
+    """Standard normal float32, one row a stream, on the device of ``like``."""
+    rows = [torch.randn(tuple(shape[1:]), generator=g, device=g.device) for g in streams]
+    return torch.stack(rows).to(like.device)
+
+
+def _batch(values: Sequence[Any]) -> Any:
+    return torch.cat(list(values)) if torch.is_tensor(values[0]) else list(values)
+
+
+def _merge(outputs: Sequence[Any]) -> Any:
+    """Outputs of sub-batches as one output of the same class."""
+    first = outputs[0]
+    if len(outputs) == 1:
+        return first
+    if isinstance(first, tuple):
+        return tuple(_merge_field([o[i] for o in outputs]) for i in range(len(first)))
+    return type(first)(**{k: _merge_field([o.get(k) for o in outputs]) for k in vars(first)})
+
+
+def _merge_field(values: Sequence[Any]) -> Any:
+    joins: dict[type, Callable] = {
+        Tensor: torch.cat,
+        np.ndarray: np.concatenate,
+        list: lambda v: [x for y in v for x in y],
+    }
+    return joins[type(values[0])](list(values)) if type(values[0]) in joins else values[0]

@@ -1,0 +1,161 @@
+"""Real diffusers pipelines at toy size with random weights: no hub, a fraction of a second a call on one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    GlmConfig,
+    GlmModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+WORDS = sorted(set("a photo of an and two three four left right red green blue cow cows cat car".split()))  # noqa: SIM905
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    letters = sorted(ByteLevel.alphabet())
+    words = letters + [c + "</w>" for c in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=77)
+
+
+def clip_text(projected: bool = False, width: int = 32) -> torch.nn.Module:
+    config = CLIPTextConfig(
+        vocab_size=514, hidden_size=width, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
+        projection_dim=width, bos_token_id=512, eos_token_id=513, pad_token_id=513,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+
+
+def word_tokenizer(side: str = "right") -> PreTrainedTokenizerFast:
+    vocab = {w: i for i, w in enumerate(["<pad>", "<unk>", "<bos>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    # a first token, so that the empty negative prompt is not an empty sequence
+    tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<bos>", padding_side=side,
+        model_max_length=32,
+    )  # fmt: skip
+
+
+def t5() -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, pad_token_id=0)
+    ).eval()
+
+
+def vae(latent_channels: int = 4) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=[16, 32], latent_channels=latent_channels, norm_num_groups=8, sample_size=32,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, shift_factor=0.1,
+    ).eval()  # fmt: skip
+
+
+def unet(cross: int, **options: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        block_out_channels=(16, 32), layers_per_block=1, sample_size=16, cross_attention_dim=cross, norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8, **options,
+    ).eval()  # fmt: skip
+
+
+def stable_diffusion(scheduler: Any = None) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=vae(), text_encoder=clip_text(), tokenizer=clip_tokenizer(), unet=unet(32),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False) if scheduler is None else scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def stable_diffusion_xl() -> StableDiffusionXLPipeline:
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "use_linear_projection": True}
+    return StableDiffusionXLPipeline(
+        vae=vae(), text_encoder=clip_text(), text_encoder_2=clip_text(projected=True), tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(), unet=unet(64, projection_class_embeddings_input_dim=80, **added),
+        scheduler=EulerDiscreteScheduler(), add_watermarker=False,
+    )  # fmt: skip
+
+
+def stable_diffusion_3() -> StableDiffusion3Pipeline:
+    transformer = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        caption_projection_dim=32, joint_attention_dim=64, pooled_projection_dim=64, out_channels=4,
+    ).eval()  # fmt: skip
+    return StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae(),
+        text_encoder=clip_text(projected=True), tokenizer=clip_tokenizer(),
+        text_encoder_2=clip_text(projected=True), tokenizer_2=clip_tokenizer(),
+        text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+
+
+def flux() -> FluxPipeline:
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
+    ).eval()  # fmt: skip
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=vae(4), text_encoder=clip_text(),
+        tokenizer=clip_tokenizer(), text_encoder_2=t5(), tokenizer_2=word_tokenizer(), transformer=transformer,
+    )  # fmt: skip
+
+
+def cogview4() -> CogView4Pipeline:
+    text = GlmConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, pad_token_id=0,
+    )  # fmt: skip
+    transformer = CogView4Transformer2DModel(
+        patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        text_embed_dim=32, time_embed_dim=32, condition_dim=8, sample_size=16,
+    ).eval()  # fmt: skip
+    return CogView4Pipeline(
+        tokenizer=word_tokenizer("left"), text_encoder=GlmModel(text).eval(), vae=vae(), transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )  # fmt: skip
+
+
+PIPELINES: dict[str, Callable[[], Any]] = {
+    "sd": stable_diffusion,
+    "sdxl": stable_diffusion_xl,
+    "sd3": stable_diffusion_3,
+    "flux": flux,
+    "cogview4": cogview4,
+}
+
+
+def build(name: str, scheduler: Any = None) -> Any:
+    """A tiny pipeline by name, its progress bar off, the same weights every time."""
+    torch.manual_seed(0)
+    pipe = PIPELINES[name]()
+    if scheduler is not None:
+        pipe.scheduler = scheduler
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
