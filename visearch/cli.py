@@ -121,13 +121,9 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--height", type=int)
     model.add_argument("--width", type=int)
     model.add_argument("--device", help="cpu, cuda, mps ... (default: the best there is)")
-    model.add_argument(
-        "--dtype", choices=["float32", "float16", "bfloat16"], help="(default: float32 on cpu, else float16)"
-    )
+    model.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="(default: float32 on cpu)")
     model.add_argument("--offload", choices=["model", "sequential"], help="keep weights on the CPU between uses")
-    model.add_argument(
-        "--rows", type=int, metavar="B", help="most candidates in one model call (default: all that fit)"
-    )
+    model.add_argument("--rows", type=int, metavar="B", help="most candidates in one model call")
 
 
 # --- visearch run ---------------------------------------------------------------------------------------------
@@ -339,9 +335,8 @@ def _write(out: Path, options: argparse.Namespace, found: Found) -> bool:
         write_json(out / "result.json", content)
         write_image(out / "winner.png", found.images[found.winner["id"]])
         write_image(out / "baseline.png", found.images["0"])
-        write_image(
-            out / "contact-sheet.png", contact_sheet([found.images[c["id"]] for c in ranking], captions, title, 0)
-        )
+        sheet = contact_sheet([found.images[c["id"]] for c in ranking], captions, title, marked=0)
+        write_image(out / "contact-sheet.png", sheet)
     except OSError as error:
         print(
             f"visearch: could not write all of {out}: {error}; make room or choose another --out, then regenerate the "

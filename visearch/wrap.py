@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Job", "SearchPipeline", "make_search"]
 
 _TEXT = re.compile(r"(negative_)?prompt(_\d+)?$")
-_EMBEDDING = re.compile(
-    r"(negative_)?(pooled_)?(prompt_)?(embeds|prompt_embeds|attention_mask)|.*prompt.*(embeds|mask)"
-)
+_EMBEDDING = re.compile(r"(negative_)?(pooled_)?prompt_\w*(embeds|mask)(_\d+)?$")
 _NUMBERS = ("num_images_per_prompt", "num_videos_per_prompt")
 
 
@@ -85,9 +83,8 @@ class Job:
         overrides = {k: given.pop(k) for k in ("output_type", "return_dict") if k in given}
         prompts, per_prompt, call = _per_prompt(given)
         texts = _reward_prompts(prompts, reward_prompt)
-        sampler = DiffusionSampler(
-            pipe, call, example={k: v[0] for k, v in per_prompt.items()} | {"prompt": prompts[0]}
-        )
+        example = {"prompt": prompts[0], **{name: entries[0] for name, entries in per_prompt.items()}}
+        sampler = DiffusionSampler(pipe, call, example=example)
         drawn = search.plan(sampler).decodes
         if drawn < winners:
             raise ValueError(f"{winners} images a prompt are asked for but the search finishes {drawn}; raise its n")
