@@ -519,3 +519,14 @@ def test_importing_the_module_alone_does_not_load_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "553"
+
+
+def test_every_published_prompt_is_parsed_back_into_its_line():
+    for line in geneval.load_prompts():
+        assert geneval.parse_prompt(line["prompt"]) == line
+
+
+@pytest.mark.parametrize("prompt", ["two cows", "a photo of five cows", "a photo of a unicorn", "a photo of"])
+def test_other_wording_is_refused_with_examples(prompt):
+    with pytest.raises(ValueError, match="GenEval's wording.*a photo of two cows"):
+        geneval.parse_prompt(prompt)

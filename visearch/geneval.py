@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ ColorClassifier = Callable[[str, Sequence[Box]], Sequence[str]]
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
+NUMBERS = {"two": 2, "three": 3, "four": 4}
 IMAGE_NAME = re.compile(r"(?:^|/)(\d+)/samples/(\d+)\.png$")
 
 
@@ -195,6 +196,69 @@ def judge(
         if number >= clause["count"]:
             reasons.append(f"expected {clause['class']}<{clause['count']}, found {number}")
     return Verdict(not reasons, "\n".join(reasons))
+
+
+def judge_images(detector: Any, images: Sequence[Any], metadata: Sequence[Metadata], **options: Any) -> list[Verdict]:
+    """Verdicts of a detector with a colour classifier on N images.
+
+    Args:
+        detector: has ``detect(images) -> detections of each`` and ``classify_color(image, class name, boxes)``, such as
+            :func:`visearch.rewards.detector.load_judge` returns.
+        images: what the detector takes.
+        metadata: N lines of a prompt file.
+        options: of :func:`judge`.
+    """
+    found = detector.detect(images)
+    return [
+        judge(line, boxes, partial(detector.classify_color, image), **options)
+        for image, line, boxes in zip(images, metadata, found, strict=True)
+    ]
+
+
+def parse_prompt(prompt: str) -> dict[str, Any]:
+    """The metadata line of a prompt in GenEval's wording, such as "a photo of two cows" or "a photo of a red car".
+
+    Raises:
+        ValueError: other wording, or classes and colours that GenEval does not have; the message shows examples.
+    """
+    names = {name: name for name in class_names()}
+    plurals = {_plural(name): name for name in names}
+    item = rf"an? (?:(?P<c{{0}}>{'|'.join(COLORS)}) )?(?P<n{{0}}>{'|'.join(map(re.escape, names))})"
+    many = rf"(?P<k>{'|'.join(NUMBERS)}) (?P<p>{'|'.join(map(re.escape, plurals))})"
+    pair = rf"{item.format(1)}(?: (?P<r>and|{'|'.join(RELATIONS)}) {item.format(2)})?"
+    match = re.fullmatch(rf"an? photo of (?:{many}|{pair})", " ".join(prompt.lower().split()).rstrip("."))
+    if match is None:
+        raise ValueError(
+            f"prompt {prompt!r} is not in GenEval's wording, which its verdict needs; for example 'a photo of two cows', "
+            "'a photo of a red car', 'a photo of a cow left of a car'"
+        )
+    part = match.groupdict()
+    if part["k"]:
+        name, count = plurals[part["p"]], NUMBERS[part["k"]]
+        include: list[dict[str, Any]] = [{"class": name, "count": count}]
+        return {
+            "tag": "counting",
+            "include": include,
+            "exclude": [{"class": name, "count": count + 1}],
+            "prompt": prompt,
+        }
+    clauses: list[dict[str, Any]] = []
+    for i in ("1", "2"):
+        if part[f"n{i}"]:
+            color = {"color": part[f"c{i}"]} if part[f"c{i}"] else {}
+            clauses.append({"class": part[f"n{i}"], "count": 1, **color})
+    if part["r"] in RELATIONS:
+        first, target = clauses
+        tag, clauses = "position", [target, {**first, "position": [part["r"], 0]}]
+    elif any("color" in c for c in clauses):
+        tag = "colors" if len(clauses) == 1 else "color_attr"
+    else:
+        tag = "single_object" if len(clauses) == 1 else "two_object"
+    return {"tag": tag, "include": clauses, "prompt": prompt}
+
+
+def _plural(name: str) -> str:
+    return name + ("es" if name.endswith("s") else "s")
 
 
 def _include_failure(
