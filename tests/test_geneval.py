@@ -528,5 +528,5 @@ def test_every_published_prompt_is_parsed_back_into_its_line():
 
 @pytest.mark.parametrize("prompt", ["two cows", "a photo of five cows", "a photo of a unicorn", "a photo of"])
 def test_other_wording_is_refused_with_examples(prompt):
-    with pytest.raises(ValueError, match="GenEval's wording.*a photo of two cows"):
+    with pytest.raises(ValueError, match=r"GenEval's wording.*a photo of two cows"):
         geneval.parse_prompt(prompt)

@@ -1,4 +1,4 @@
-"""``visearch demo``: three prompts of the embedded world, sampled once and searched, before judges that never guided."""
+"""``visearch demo``: three prompts, sampled once and searched, before judges that never guided."""
 
 from __future__ import annotations
 

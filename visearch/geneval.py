@@ -229,8 +229,8 @@ def parse_prompt(prompt: str) -> dict[str, Any]:
     match = re.fullmatch(rf"an? photo of (?:{many}|{pair})", " ".join(prompt.lower().split()).rstrip("."))
     if match is None:
         raise ValueError(
-            f"prompt {prompt!r} is not in GenEval's wording, which its verdict needs; for example 'a photo of two cows', "
-            "'a photo of a red car', 'a photo of a cow left of a car'"
+            f"prompt {prompt!r} is not in GenEval's wording, which its verdict needs; for example 'a photo of two "
+            "cows', 'a photo of a red car', 'a photo of a cow left of a car'"
         )
     part = match.groupdict()
     if part["k"]:
