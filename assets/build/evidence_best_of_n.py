@@ -1,0 +1,201 @@
+"""Does best-of-8 by the CLIP reward beat one sample? The gates of emoji-64, measured.
+
+    python assets/build/evidence_best_of_n.py record --split report     # draws, scores and judges every candidate
+    python assets/build/evidence_best_of_n.py table  --split report     # prints the tables from the record
+
+``record`` appends one line a prompt to ``assets/results/best_of_n-<split>.jsonl`` and resumes where it stopped. Each
+line holds, for 8 candidates, the reward, the reward of the preview after 12, 25 and 50 % of the steps, the verdicts of
+the judges, and the mean saturation. Everything below is computed from those lines. Nothing is tuned on the report
+split; it is recorded once a release.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+N = 8
+PREVIEWS = (0.125, 0.25, 0.5)
+RESULTS = Path(__file__).parents[1] / "results"
+FIELD = {"base": "0.43 SD1.5, 0.53 SDXL, 0.71 SD3.5", "recovery": "61 %, 45 %, 23 %", "spearman": (0.32, 0.66, 0.90)}
+
+
+def record(split: str, limit: int | None, names: Sequence[str]) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from visearch.assets import scenes
+    from visearch.geneval import judge_images
+    from visearch.pipelines import emoji
+    from visearch.rewards import resolve
+    from visearch.rewards.detector import load_judge
+    from visearch.rewards.images import to_pil, to_uint8
+    from visearch.search.best_of_n import BestOfN
+    from visearch.wrap import Job
+
+    path = RESULTS / f"best_of_n-{split}.jsonl"
+    done = len(load(split)) if path.exists() else 0
+    pipe, reward = emoji.load(), resolve("emoji-clip")
+    judges = [load_judge(name) for name in names]
+    lines = scenes.prompts(split)[:limit]
+    for index, line in enumerate(tqdm(lines, initial=done, total=len(lines))):
+        if index < done:
+            continue
+        begin = time.perf_counter()
+        seeded = torch.Generator().manual_seed(index)
+        with torch.no_grad():
+            job = Job.of(pipe, BestOfN(n=N), line["prompt"], generator=seeded, **emoji.DEFAULTS)
+            sampler, request = job.sampler, job.request
+            rows, previews = sampler.init(request, request.seeds(0, N)), []
+            for share in PREVIEWS:
+                rows = sampler.advance(rows, max(1, round(share * sampler.num_stages)))
+                samples = sampler.decode(sampler.predict_x0(rows))
+                previews.append(reward.score(samples, [line["prompt"]] * N).values.tolist())
+            samples = sampler.decode(sampler.advance(rows, sampler.num_stages))
+        drawn = time.perf_counter() - begin
+        images = to_pil(to_uint8(samples))
+        saturation = (samples.amax(1) - samples.amin(1)).mean((1, 2)).tolist()
+        row = {
+            "index": index,
+            "tag": line["tag"],
+            "prompt": line["prompt"],
+            "official": line.get("official", False),
+            "reward": reward.score(samples, [line["prompt"]] * N).values.tolist(),
+            "previews": previews,
+            "verdicts": {j.name: [v.correct for v in judge_images(j, images, [line] * N)] for j in judges},
+            "errors": {j.name: j.error.get("overall", {}).get("rate") for j in judges},
+            "saturation": [round(s, 4) for s in saturation],
+            "seconds": round(drawn, 3),
+        }
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def load(split: str) -> list[dict[str, Any]]:
+    """Complete lines of a record; a torn last one is dropped from the file."""
+    path = RESULTS / f"best_of_n-{split}.jsonl"
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def expected_best(order: np.ndarray, values: np.ndarray, n: int) -> float:
+    """Mean of ``values`` of the best of n drawn without replacement from the pool sorted best first by ``order``."""
+    size = len(order)
+    picked = values[order]
+    weights = np.array([np.prod([(size - i - j - 1) / (size - j - 1) for j in range(n - 1)]) for i in range(size)])
+    return float((weights * picked).sum() / weights.sum())
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    ranks = [np.argsort(np.argsort(x)).astype(float) for x in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def overall(rows: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> float:
+    """GenEval's overall: unweighted mean of the tasks' means."""
+    tags = list(dict.fromkeys(r["tag"] for r in rows))
+    return float(np.mean([np.mean([value(r) for r in rows if r["tag"] == t]) for t in tags]))
+
+
+def table(split: str) -> str:
+    from visearch.statistics import minimum_detectable_effect, paired_interval
+
+    rows = load(split)
+    judges = list(rows[0]["verdicts"])
+    tags = list(dict.fromkeys(r["tag"] for r in rows))
+    for r in rows:
+        r["order"] = np.argsort(-np.array(r["reward"]), kind="stable")
+        r["verdicts"] = {j: np.array(v, dtype=float) for j, v in r["verdicts"].items()}
+    text = [
+        f"{len(rows)} {split} prompts x {N} candidates ({sum(r['official'] for r in rows)} of GenEval's own prompts)\n"
+    ]
+
+    text += [
+        "| judge | own error | one sample | best of 8 by reward | gain (95 % paired) | detectable | oracle | recovered |"
+    ]
+    text += ["|---|---|---|---|---|---|---|---|"]
+    for j in judges:
+        once = [r["verdicts"][j][0] for r in rows]
+        best = [r["verdicts"][j][r["order"][0]] for r in rows]
+        gain = paired_interval(best, once)
+        detectable = minimum_detectable_effect(np.subtract(best, once))
+        mean = overall(rows, lambda r, j=j: r["verdicts"][j].mean())
+        picked = overall(rows, lambda r, j=j: r["verdicts"][j][r["order"][0]])
+        oracle = overall(rows, lambda r, j=j: r["verdicts"][j].max())
+        first = overall(rows, lambda r, j=j: r["verdicts"][j][0])
+        recovered = (picked - mean) / (oracle - mean) if oracle > mean else float("nan")
+        error = rows[0]["errors"].get(j)
+        text.append(
+            f"| {j} | {'-' if error is None else f'{error:.1%}'} | {first:.3f} | {picked:.3f} | {gain.mean:+.3f} "
+            f"[{gain.low:+.3f}, {gain.high:+.3f}] | {detectable:.3f} | {oracle:.3f} | {recovered:.0%} |"
+        )
+    text.append(f"| field | | {FIELD['base']} | | | | | {FIELD['recovery']} |\n")
+
+    text += ["| task | prompts | " + " | ".join(f"{j}: once, best of 8, oracle" for j in judges) + " |"]
+    text += ["|---|---|" + "---|" * len(judges)]
+    for tag in tags:
+        mine = [r for r in rows if r["tag"] == tag]
+        cells = []
+        for j in judges:
+            values = [
+                np.mean([f(r["verdicts"][j], r["order"]) for r in mine])
+                for f in (lambda v, o: v.mean(), lambda v, o: v[o[0]], lambda v, o: v.max())
+            ]
+            cells.append(", ".join(f"{v:.2f}" for v in values))
+        text.append(f"| {tag} | {len(mine)} | " + " | ".join(cells) + " |")
+
+    text += ["\n| best of n by reward | " + " | ".join(map(str, range(1, N + 1))) + " |", "|---|" + "---|" * N]
+    for j in judges:
+        curve = [
+            overall(rows, lambda r, n=n, j=j: expected_best(r["order"], r["verdicts"][j], n)) for n in range(1, N + 1)
+        ]
+        text.append(f"| {j} | " + " | ".join(f"{v:.3f}" for v in curve) + " |")
+    curve = [np.mean([expected_best(r["order"], np.array(r["reward"]), n) for r in rows]) for n in range(1, N + 1)]
+    text.append("| guided reward | " + " | ".join(f"{v:.2f}" for v in curve) + " |")
+
+    text += ["\n| Spearman of preview and final reward | 12 % | 25 % | 50 % of steps |", "|---|---|---|---|"]
+    found = [np.mean([spearman(np.array(r["previews"][i]), np.array(r["reward"])) for r in rows]) for i in range(3)]
+    text.append("| emoji-64 | " + " | ".join(f"{v:.2f}" for v in found) + " |")
+    text.append("| field | " + " | ".join(f"{v:.2f}" for v in FIELD["spearman"]) + " |")
+
+    saturation, reward, right = (
+        np.concatenate([center(value(r)) for r in rows])
+        for value in (lambda r: r["saturation"], lambda r: r["reward"], lambda r: r["verdicts"][judges[0]])
+    )
+    text.append(
+        f"\nWithin a prompt, saturation correlates {np.corrcoef(saturation, reward)[0, 1]:+.2f} with the reward and "
+        f"{np.corrcoef(saturation, right)[0, 1]:+.2f} with being right ({judges[0]}); "
+        f"{np.median([r['seconds'] for r in rows]) / N:.2f} s an image with three previews, batch of {N}."
+    )
+    return "\n".join(text)
+
+
+def center(values: Any) -> np.ndarray:
+    values = np.asarray(values, dtype=float)
+    return values - values.mean()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["record", "table"])
+    parser.add_argument("--split", choices=["report", "validation"], default="validation")
+    parser.add_argument("--limit", type=int, help="only the first so many prompts")
+    parser.add_argument("--judges", default="a,b,c", help="comma-separated (default %(default)s)")
+    options = parser.parse_args()
+    if options.command == "record":
+        record(options.split, options.limit, options.judges.split(","))
+    else:
+        print(table(options.split))
+
+
+if __name__ == "__main__":
+    main()
