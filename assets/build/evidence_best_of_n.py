@@ -119,10 +119,8 @@ def table(split: str) -> str:
         f"{len(rows)} {split} prompts x {N} candidates ({sum(r['official'] for r in rows)} of GenEval's own prompts)\n"
     ]
 
-    text += [
-        "| judge | own error | one sample | best of 8 by reward | gain (95 % paired) | detectable | oracle | recovered |"
-    ]
-    text += ["|---|---|---|---|---|---|---|---|"]
+    columns = ["judge", "own error", "one sample", "best of 8", "gain (95 % paired)", "detectable", "oracle", "recovered"]
+    text += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for j in judges:
         once = [r["verdicts"][j][0] for r in rows]
         best = [r["verdicts"][j][r["order"][0]] for r in rows]
