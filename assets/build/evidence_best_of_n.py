@@ -119,7 +119,7 @@ def table(split: str) -> str:
         f"{len(rows)} {split} prompts x {N} candidates ({sum(r['official'] for r in rows)} of GenEval's own prompts)\n"
     ]
 
-    columns = ["judge", "own error", "one sample", "best of 8", "gain (95 % paired)", "detectable", "oracle", "recovered"]
+    columns = ["judge", "own error", "one sample", "best of 8", "paired gain (95 %)", "detectable", "oracle", "share"]
     text += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for j in judges:
         once = [r["verdicts"][j][0] for r in rows]

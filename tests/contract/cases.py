@@ -61,10 +61,25 @@ class Case:
         return torch.equal(a, b) if self.tolerance == 0 else torch.allclose(a, b, rtol=0, atol=self.tolerance)
 
 
+def diffusion_case() -> Case:
+    """The embedded world's pipeline class at toy size, driven by replay; the outcome is the decoded image."""
+    import tiny
+
+    from visearch.pipelines.diffusion import DiffusionSampler
+
+    pipe, call = tiny.build("cogview4"), {"num_inference_steps": 4, "height": 32, "width": 32}
+
+    def bare(sampler: Sampler, prompt: str, seed: int) -> Tensor:
+        return pipe(prompt, generator=generator(seed), output_type="pt", **call).images[0]
+
+    return Case(make=lambda: DiffusionSampler(pipe, call), bare=bare, tolerance=1e-4, decoded=True)
+
+
 # Hyperparameters that make each search small; what is not named here runs with its defaults.
 SMALL: dict[str, dict[str, Any]] = {"best-of-n": {"n": 5, "batch": 2}}
 
 SAMPLER_CASES: dict[str, Callable[[], Case]] = {
+    "diffusion": diffusion_case,
     "gaussian-toy": lambda: toy_case("gaussian-toy"),
     "token-toy": lambda: toy_case("token-toy"),
 }
