@@ -11,7 +11,14 @@ __all__ = ["REWARDS", "RewardLike", "resolve"]
 
 RewardLike = str | Reward | Callable[[list[Any], Sequence[str]], Sequence[float]]
 
-REWARDS = Registry("reward", {"emoji-clip": "visearch.rewards.clip:emoji_clip"})
+REWARDS = Registry(
+    "reward",
+    {
+        "emoji-clip": "visearch.rewards.clip:emoji_clip",
+        # by name only: the verdict is GenEval's, which lies above this package
+        **{f"judge-{letter}": f"visearch.geneval:judge_{letter}" for letter in "abc"},
+    },
+)
 
 
 def resolve(reward: RewardLike, device: Any = "cpu") -> Reward:

@@ -215,6 +215,61 @@ def judge_images(detector: Any, images: Sequence[Any], metadata: Sequence[Metada
     ]
 
 
+class VerdictReward:
+    """GenEval's verdict of a detector as a reward: 1 for a correct image, else 0.
+
+    Args:
+        detector: see :func:`judge_images`.
+    """
+
+    higher_is_better = True
+    range = (0.0, 1.0)
+    needs = frozenset({"pixels", "metadata"})
+    not_held_out_for = ("GenEval",)
+
+    def __init__(self, detector: Any) -> None:
+        self.detector = detector
+        self.name, self.licence, self.source = detector.name, detector.licence, detector.source
+
+    def score(
+        self,
+        samples: Any,
+        prompts: Sequence[str],
+        *,
+        noise_level: float | None = None,
+        metadata: Sequence[Metadata | None] | None = None,
+    ) -> Any:
+        """Score N images; prompts without metadata must be in GenEval's wording.
+
+        Raises:
+            ValueError: a prompt in another wording, or with a class that the detector does not know.
+        """
+        import torch
+
+        from visearch.protocols import Scores
+        from visearch.rewards.images import to_pil
+
+        lines = [
+            line or parse_prompt(prompt)
+            for line, prompt in zip(metadata or [None] * len(prompts), prompts, strict=True)
+        ]
+        for clause in (clause for line in lines for clause in line["include"]):
+            if clause["class"] not in self.detector.class_names:
+                raise ValueError(f"{self.name} does not know {clause['class']!r}; it knows {self.detector.class_names}")
+        verdicts = judge_images(self.detector, to_pil(samples), lines)
+        reasons = {i: v.reason for i, v in enumerate(verdicts) if not v.correct}
+        return Scores(torch.tensor([float(v.correct) for v in verdicts]), reasons=reasons)
+
+
+def _load_verdict(letter: str, device: Any = "cpu") -> VerdictReward:
+    from visearch.rewards.detector import load_judge
+
+    return VerdictReward(load_judge(letter, device))
+
+
+judge_a, judge_b, judge_c = (partial(_load_verdict, letter) for letter in "abc")
+
+
 def parse_prompt(prompt: str) -> dict[str, Any]:
     """The metadata line of a prompt in GenEval's wording, such as "a photo of two cows" or "a photo of a red car".
 

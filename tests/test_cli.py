@@ -1,0 +1,184 @@
+"""``visearch run`` on a folder with a tiny real pipeline: what it writes, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+import tiny
+from PIL import Image, ImageChops
+
+from visearch.cli import main
+from visearch.rewards import REWARDS
+
+for name in ("brightness", "nan", "raising", "short", "interrupting"):
+    REWARDS.add(name, f"cli_rewards:{name}")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny.build("cogview4").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run(model, tmp_path, capsys):
+    """Run the command; returns (exit status, standard output, standard error, folder)."""
+
+    def call(*words, prompt="a photo of a cow", reward="brightness", out=tmp_path / "out"):
+        size = ("--steps", "2", "--height", "32", "--width", "32", "--device", "cpu")
+        status = main(["run", prompt, "--model", model, "--reward", reward, "--out", str(out), *size, *words])
+        shown = capsys.readouterr()
+        return status, shown.out, shown.err, out
+
+    return call
+
+
+def largest_difference(a, b) -> int:
+    return max(high for _, high in ImageChops.difference(Image.open(a), Image.open(b)).getextrema())
+
+
+def test_a_run_leaves_winner_baseline_sheet_and_result(run):
+    status, out, err, folder = run("--n", "5", "--seed", "3")
+    assert status == 0 and "5 candidates, 20 model rows" in out
+    assert {p.name for p in folder.iterdir()} == {"winner.png", "baseline.png", "contact-sheet.png", "result.json"}
+    result = json.loads((folder / "result.json").read_text())
+    assert [c["score"] for c in result["ranking"]] == sorted((c["score"] for c in result["ranking"]), reverse=True)
+    assert result["winner"] == result["ranking"][0] and result["baseline"]["candidate"] == 0
+    assert result["baseline"]["seed"] == 3 and result["ledger"]["nfe"] == 5 * 2 * 2
+    assert result["search"] == {"name": "best-of-n", "n": 5, "batch": 8} and result["stopped"] == "done"
+    assert {"torch", "diffusers", "visearch", "python"} <= set(result["versions"])
+    assert Image.open(folder / "winner.png").size == (32, 32)
+    assert Image.open(folder / "contact-sheet.png").width > 4 * 256
+    assert "brightness" in out and "best=" in err
+
+
+def test_the_commands_in_the_result_give_the_same_pixels_again(run, tmp_path):
+    _, _, _, folder = run("--n", "4", "--guidance", "2.5", "--negative-prompt", "a cat")
+    result = json.loads((folder / "result.json").read_text())
+    for which, picture in (("winner_command", "winner.png"), ("command", "winner.png"), ("command", "baseline.png")):
+        words = shlex.split(result[which])
+        assert words[:2] == ["visearch", "run"]
+        again = tmp_path / which
+        assert main([*words[1:], "--out", str(again)]) == 0
+        # one grey level: a row alone and a row in a batch may differ in the last bits
+        assert largest_difference(folder / picture, again / picture) <= 1
+
+
+def test_held_out_rewards_score_both_pictures(run):
+    status, out, _, folder = run("--n", "2", "--held-out", "brightness", reward="brightness")
+    result = json.loads((folder / "result.json").read_text())
+    assert status == 0 and "brightness (held out)" in out
+    assert result["winner"]["held_out"]["brightness"] == pytest.approx(result["winner"]["score"])
+
+
+def test_budgets(run):
+    status, out, _, folder = run("--n", "8", "--max-nfe", "13")
+    assert status == 0 and "3 candidates, 12 model rows" in out
+    status, out, _, folder = run("--n", "40", "--max-seconds", "0.001")
+    assert status == 0 and "stopped: deadline" in out
+    assert len(json.loads((folder / "result.json").read_text())["ranking"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "message"),
+    [
+        (("--n", "0"), {}, "n=0 must be at least 1"),
+        (("--search", "best-of-k"), {}, "unknown search 'best-of-k'; did you mean 'best-of-n'?"),
+        ((), {"reward": "brightnes"}, "unknown reward 'brightnes'; did you mean 'brightness'?"),
+        ((), {"prompt": "   "}, "is empty"),
+        (("--max-nfe", "3"), {}, "max_nfe=3 a prompt is too small: one candidate costs 4 model rows"),
+        (("--max-nfe", "0"), {}, "max_nfe=0 must be greater than 0"),
+        (("--steps", "0"), {}, "--steps 0 must be at least 1"),
+        (("--device", "cuda:99"), {}, "--device cuda:99 is not available here"),
+        (("--seed", "-1"), {}, "--seed -1 must lie in"),
+        (("--offload", "model"), {}, "needs an accelerator"),
+    ],
+)
+def test_bad_input_is_one_clear_line_before_any_compute(run, words, options, message):
+    status, out, err, folder = run(*words, **options)
+    lines = [line for line in err.strip().splitlines() if line.startswith("visearch:")]
+    assert status == 2 and len(lines) == 1 and message in lines[0]
+    assert "Traceback" not in err and not (folder / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("emoji-46", "unknown model 'emoji-46'; did you mean 'emoji-64'?"), ("nobody/nothing", "could not be loaded")],
+)
+def test_unknown_models(model, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = ["run", "a cow", "--model", model, "--reward", "brightness", "--out", str(tmp_path)]
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_compute(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, _, err, _ = run(out=tmp_path / "file" / "out")
+    assert status == 2 and "cannot write there" in err
+
+
+def test_a_disk_that_fills_up_leaves_the_command_for_the_winner(run, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("visearch.report.write_image", full)
+    status, _, err, folder = run("--n", "2")
+    assert status == 1 and "No space left" in err and "visearch run 'a photo of a cow'" in err
+    assert json.loads((folder / "result.json").read_text())["stopped"] == "done"
+
+
+@pytest.mark.parametrize("reward", ["nan", "raising"])
+def test_a_reward_that_always_fails_returns_candidate_0_with_a_warning(run, reward):
+    status, _, err, folder = run("--n", "2", reward=reward)
+    result = json.loads((folder / "result.json").read_text())
+    assert status == 0 and result["winner"]["candidate"] == 0
+    assert "the reward failed on every candidate" in err and any("every candidate" in w for w in result["warnings"])
+
+
+def test_a_reward_of_the_wrong_length_is_named(run):
+    status, _, err, folder = run("--n", "2", reward="short")
+    assert status == 1 and "reward 'short' returned scores of shape (1,) for 2 samples" in err
+
+
+def test_ctrl_c_keeps_what_was_finished(run, monkeypatch):
+    from visearch.search.best_of_n import BestOfN
+
+    monkeypatch.setattr(BestOfN, "__post_init__", lambda self: object.__setattr__(self, "batch", 2))
+    status, out, _, folder = run("--n", "6", reward="interrupting")
+    result = json.loads((folder / "result.json").read_text())
+    assert status == 130 and "interrupted by Ctrl-C" in out
+    assert len(result["ranking"]) == 2 and result["stopped"] == "interrupted"
+    assert (folder / "winner.png").exists()
+
+
+def test_out_of_memory_is_survived(run, monkeypatch):
+    from visearch.pipelines.diffusion import DiffusionSampler
+
+    advance = DiffusionSampler.advance
+
+    def tight(self, population, to):
+        if len(population) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return advance(self, population, to)
+
+    monkeypatch.setattr(DiffusionSampler, "advance", tight)
+    status, _, _, folder = run("--n", "4")
+    result = json.loads((folder / "result.json").read_text())
+    assert status == 0 and len(result["ranking"]) == 4 and result["ledger"]["retries"] > 0
+
+
+def test_help_teaches():
+    shown = subprocess.run(
+        [sys.executable, "-m", "visearch", "run", "--help"], capture_output=True, text=True, check=True, env=os.environ
+    ).stdout
+    for word in ("best-of-n", "emoji-clip", "--max-nfe", "examples:", "--held-out"):
+        assert word in shown
+    bare = subprocess.run([sys.executable, "-m", "visearch"], capture_output=True, text=True, env=os.environ)
+    assert bare.returncode == 2 and "run" in bare.stdout and "demo" in bare.stdout
