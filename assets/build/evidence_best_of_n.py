@@ -2,6 +2,7 @@
 
     python assets/build/evidence_best_of_n.py record --split report     # draws, scores and judges every candidate
     python assets/build/evidence_best_of_n.py table  --split report     # prints the tables from the record
+    python assets/build/evidence_best_of_n.py readme --split report     # and puts them into README.md
 
 ``record`` appends one line a prompt to ``assets/results/best_of_n-<split>.jsonl`` and resumes where it stopped. Each
 line holds, for 8 candidates, the reward, the reward of the preview after 12, 25 and 50 % of the steps, the verdicts of
@@ -22,6 +23,7 @@ import numpy as np
 
 N = 8
 PREVIEWS = (0.125, 0.25, 0.5)
+BEGIN, END = "<!-- evidence:begin -->", "<!-- evidence:end -->"
 RESULTS = Path(__file__).parents[1] / "results"
 FIELD = {"base": "0.43 SD1.5, 0.53 SDXL, 0.71 SD3.5", "recovery": "61 %, 45 %, 23 %", "spearman": (0.32, 0.66, 0.90)}
 
@@ -184,15 +186,20 @@ def center(values: Any) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["record", "table"])
+    parser.add_argument("command", choices=["record", "table", "readme"])
     parser.add_argument("--split", choices=["report", "validation"], default="validation")
     parser.add_argument("--limit", type=int, help="only the first so many prompts")
     parser.add_argument("--judges", default="a,b,c", help="comma-separated (default %(default)s)")
     options = parser.parse_args()
     if options.command == "record":
         record(options.split, options.limit, options.judges.split(","))
-    else:
-        print(table(options.split))
+        return
+    text = table(options.split)
+    print(text)
+    if options.command == "readme":
+        readme = RESULTS.parents[1] / "README.md"
+        before, rest = readme.read_text().split(BEGIN)
+        readme.write_text(before + BEGIN + "\n" + text + "\n" + END + rest.split(END)[1])
 
 
 if __name__ == "__main__":
