@@ -101,7 +101,7 @@ def test_budgets(run):
     ],
 )
 def test_bad_input_is_one_clear_line_before_any_compute(run, words, options, message):
-    status, out, err, folder = run(*words, **options)
+    status, _, err, folder = run(*words, **options)
     lines = [line for line in err.strip().splitlines() if line.startswith("visearch:")]
     assert status == 2 and len(lines) == 1 and message in lines[0]
     assert "Traceback" not in err and not (folder / "result.json").exists()
@@ -143,7 +143,7 @@ def test_a_reward_that_always_fails_returns_candidate_0_with_a_warning(run, rewa
 
 
 def test_a_reward_of_the_wrong_length_is_named(run):
-    status, _, err, folder = run("--n", "2", reward="short")
+    status, _, err, _ = run("--n", "2", reward="short")
     assert status == 1 and "reward 'short' returned scores of shape (1,) for 2 samples" in err
 
 
