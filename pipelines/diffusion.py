@@ -79,6 +79,11 @@ class DiffusionSampler:
         return self.replay.pipe
 
     @property
+    def device(self) -> torch.device:
+        """Where the pipeline runs."""
+        return torch.device(self.pipe._execution_device)
+
+    @property
     def replay(self) -> Replay:
         return self.shared.replay
 
@@ -140,7 +145,6 @@ class DiffusionSampler:
         rng = list(rng_start)
         for rows in _groups(prompts):
             run = self._run(prompts, rows, rng_start, device=device, stop=0)
-            self.shared.shapes[prompts[rows[0]]] = run.shapes
             for i, row in enumerate(rows):
                 rng[row] = run.rng[i]
                 noise[row] = None if run.drawn is None else run.drawn[i]
@@ -337,7 +341,7 @@ class DiffusionSampler:
             )
         prompts = population.prompt.tolist()
         # the loop computes nothing here, so rows may go through under any prompt; images given per prompt do matter
-        text_only = all("prompt" in name for name in self.request.per_prompt)
+        text_only = all("prompt" in name for name in self._under_way().per_prompt)
         runs = [list(range(len(prompts)))] if text_only else _consecutive(prompts)
         outputs = []
         for rows in runs:
@@ -388,9 +392,7 @@ class DiffusionSampler:
         **options: Any,
     ) -> Any:
         """Call the pipeline with exactly these rows."""
-        if self.request is None:
-            raise ValueError("no request is under way; call init, or set request before resuming a loaded population")
-        known, request = self.replay.parameters, self.request
+        known, request = self.replay.parameters, self._under_way()
         call = {**request.call, **self.call, **(overrides or {})}
         own = [prompts[r] for r in rows]
         texts = {"prompt": request.prompts, **request.per_prompt}
@@ -400,14 +402,22 @@ class DiffusionSampler:
             call |= {k: v[own[0]] for k, v in texts.items()} | {number: len(rows)}
         else:
             call |= {k: _batch([v[p] for p in own]) for k, v in texts.items()}
-        start = [rng_start[r] for r in rows]
-        return self.replay.run(call, start, meter=self.meter, **options)
+        run = self.replay.run(call, [rng_start[r] for r in rows], meter=self.meter, **options)
+        if len(set(own)) == 1:
+            self.shared.shapes[own[0]] = run.shapes
+        return run
+
+    def _under_way(self) -> Request:
+        if self.request is None:
+            raise ValueError("no request is under way; call init, or set request before resuming a loaded population")
+        return self.request
 
     def _batch_key(self, prompt: int) -> Any:
         """Prompts with equal keys can share a batch."""
-        texts = all(isinstance(v, (str, type(None))) for values in self.request.per_prompt.values() for v in values)
+        request = self._under_way()
+        texts = all(isinstance(v, (str, type(None))) for values in request.per_prompt.values() for v in values)
         shapes = self.shared.shapes.get(prompt)
-        alone = not texts or not shapes or self.request.prompts[prompt] is None
+        alone = not texts or not shapes or request.prompts[prompt] is None
         return prompt if alone else ("shapes", repr(shapes))
 
     # --- moves ---
