@@ -220,3 +220,10 @@ def test_reward_batches_split_and_keep_order():
     values = metered(samples, list("abcde"))
     assert reward.calls == [2, 2, 1, 1, 1] and ledger.rewards["pixel"] == 5
     assert torch.equal(values, PixelReward().score(samples, "abcde").values.float())
+
+
+def test_the_callers_grad_mode_is_left_alone_between_rounds():
+    rounds = run_search(GaussianToy(), PixelReward(), BestOfN(n=4, batch=2), Request(("a",)))
+    next(rounds)
+    assert torch.is_grad_enabled()
+    rounds.close()

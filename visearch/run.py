@@ -171,37 +171,37 @@ def run_search(
 
     begin, before = time.perf_counter(), ledger.seconds["total"]
     stopped, error = "done", None
-    with torch.no_grad():
-        while not search.done(state):
-            elapsed = time.perf_counter() - begin
-            room = _room(budget, ledger, metered, state, elapsed)
-            if cancelled():
-                stopped = "cancelled"
-                break
-            if room == 0:
-                rows_spent = _room(replace(budget, max_seconds=None), ledger, metered, state, 0) == 0
-                stopped = "budget" if rows_spent else "deadline"
-                break
-            try:
+    while not search.done(state):
+        elapsed = time.perf_counter() - begin
+        room = _room(budget, ledger, metered, state, elapsed)
+        if cancelled():
+            stopped = "cancelled"
+            break
+        if room == 0:
+            rows_spent = _room(replace(budget, max_seconds=None), ledger, metered, state, 0) == 0
+            stopped = "budget" if rows_spent else "deadline"
+            break
+        try:
+            with torch.no_grad():  # not around the yield: the caller's grad mode is its own
                 state = search.step(replace(state, room=room), metered, evaluate)
-            except BudgetSpent:
-                stopped = "budget"
-                break
-            except KeyboardInterrupt as interrupt:
-                stopped, error = "interrupted", interrupt
-                break
-            except (RewardError, OutOfMemory) as failure:
-                stopped, error = "failed", failure
-                break
-            state = _close_prompts(replace(state, room=None), budget)
-            if checkpoint is not None:
-                ledger.seconds["total"] = before + time.perf_counter() - begin
-                _save(checkpoint, state, {"ledger": ledger.as_dict(), "fingerprint": print_of_run}, scorer)
-            if search.done(state):
-                stopped = "done" if state.open_prompts else "closed"
-                break
-            yield make_round("running")
-        yield make_round(stopped, error, last=True)
+        except BudgetSpent:
+            stopped = "budget"
+            break
+        except KeyboardInterrupt as interrupt:
+            stopped, error = "interrupted", interrupt
+            break
+        except (RewardError, OutOfMemory) as failure:
+            stopped, error = "failed", failure
+            break
+        state = _close_prompts(replace(state, room=None), budget)
+        if checkpoint is not None:
+            ledger.seconds["total"] = before + time.perf_counter() - begin
+            _save(checkpoint, state, {"ledger": ledger.as_dict(), "fingerprint": print_of_run}, scorer)
+        if search.done(state):
+            stopped = "done" if state.open_prompts else "closed"
+            break
+        yield make_round("running")
+    yield make_round(stopped, error, last=True)
 
 
 def _room(budget: Budget, ledger: Ledger, sampler: Sampler, state: SearchState, elapsed: float) -> int | None:
