@@ -104,7 +104,29 @@ def test_best_of_n_refuses_less_than_one(field):
         BestOfN(**{field: 0})
 
 
-@pytest.mark.parametrize("limits", [{"max_nfe": 0}, {"max_seconds": -1.0}, {"patience": 0}])
+def test_a_cap_in_image_equivalents():
+    result = finish(PixelReward(), n=9, budget=Budget(max_images=3.9))
+    assert len(result.finished) == 3 and result.ledger.images == pytest.approx(3)
+    with pytest.raises(ValueError, match="too small"):
+        finish(PixelReward(), budget=Budget(max_images=0.9))
+
+
+def test_an_unforeseen_error_keeps_what_was_finished(monkeypatch):
+    sampler, calls = GaussianToy(), []
+    decode = sampler.decode
+
+    def broken(rows):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return decode(rows)
+
+    sampler.decode = broken
+    last = list(run_search(sampler, PixelReward(), BestOfN(n=4, batch=2), Request(("a",))))[-1].result
+    assert last.stopped == "failed" and "illegal memory access" in str(last.error) and len(last.finished) == 2
+
+
+@pytest.mark.parametrize("limits", [{"max_nfe": 0}, {"max_seconds": -1.0}, {"patience": 0}, {"max_images": 0}])
 def test_budget_limits_must_be_positive(limits):
     (name, _), *_ = limits.items()
     with pytest.raises(ValueError, match=f"{name}=.* greater than 0"):

@@ -24,6 +24,9 @@ from visearch.protocols import Population, Request, Reward, Sampler, Scores, See
 __all__ = ["Budget", "BudgetSpent", "Ledger", "MeteredReward", "MeteredSampler", "OutOfMemory", "RewardError"]
 
 
+ROUNDING = 1e-6  # image-equivalents are sums of shares
+
+
 class BudgetSpent(Exception):
     """The next operation would go beyond the budget; nothing of it was run."""
 
@@ -42,6 +45,7 @@ class Budget:
 
     Args:
         max_nfe: model rows over all prompts, both CFG branches counted; never exceeded.
+        max_images: image-equivalents over all prompts; never exceeded.
         max_seconds: wall-clock seconds; overrun by at most one operation.
         target: a prompt whose best finished candidate scores at least this gets no more candidates.
         patience: a prompt gets no more candidates after this many finished ones in a row without a new best.
@@ -54,9 +58,10 @@ class Budget:
     max_seconds: float | None = None
     target: float | None = None
     patience: int | None = None
+    max_images: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_nfe", "max_seconds", "patience"):
+        for name in ("max_nfe", "max_seconds", "patience", "max_images"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value!r} must be greater than 0; leave it out for no limit")
@@ -211,6 +216,9 @@ class MeteredSampler:
         need, cap = len(population) * self.nfe(population.stage, to), self.budget.max_nfe
         if cap is not None and self.ledger.nfe + need > cap:
             raise BudgetSpent(f"{need} more model rows would exceed max_nfe={cap} ({self.ledger.nfe} spent)")
+        images, most = len(population) * self.cost(population.stage, to), self.budget.max_images
+        if most is not None and self.ledger.images + images > most + ROUNDING:
+            raise BudgetSpent(f"{images:.2f} more image-equivalents would exceed max_images={most}")
 
     def predict_x0(self, population: Population) -> Population:
         return self.inner.predict_x0(population)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from visearch.budget import Budget, BudgetSpent, Ledger, MeteredReward, MeteredSampler, OutOfMemory, RewardError
+from visearch.budget import ROUNDING, Budget, BudgetSpent, Ledger, MeteredReward, MeteredSampler
 from visearch.checkpoint import fingerprint, load_state, save_state
 from visearch.protocols import Population, Request, Reward, Sampler, Search, SearchState
 from visearch.selection import best_per_prompt, rank, top_k
@@ -112,8 +112,9 @@ def run_search(
 ) -> Iterator[Round]:
     """Run ``search`` and yield a :class:`Round` after each of its steps; the last one has ``last=True``.
 
-    Ctrl-C, a broken reward and exhausted memory end the run with a last round that holds what was finished, and the
-    exception as ``result.error``. Errors of the caller (a budget too small, a bad argument) are raised at once.
+    Ctrl-C and any exception while a round runs (a broken reward, exhausted memory) end the run with a last round that
+    holds what was finished, and the exception as ``result.error``. Errors of the caller (a budget too small, a bad
+    argument) are raised before anything runs.
 
     Args:
         sampler: the generator; its ``meter`` is replaced by the ledger.
@@ -134,7 +135,7 @@ def run_search(
     metered = MeteredSampler(sampler, ledger, budget, rows, decode_rows)
     scorer = MeteredReward(reward, ledger, reward_rows)
     prompts = len(request.prompts)
-    search = search.plan(metered, None if budget.max_nfe is None else budget.max_nfe // prompts).search
+    search = search.plan(metered, _rows_a_prompt(budget, metered, prompts)).search
     state = search.init(metered, request)
     samples: dict[tuple[int, str], Any] = {}
     print_of_run = fingerprint(request, search, metered.num_stages)
@@ -190,7 +191,7 @@ def run_search(
         except KeyboardInterrupt as interrupt:
             stopped, error = "interrupted", interrupt
             break
-        except (RewardError, OutOfMemory) as failure:
+        except Exception as failure:
             stopped, error = "failed", failure
             break
         state = _close_prompts(replace(state, room=None), budget)
@@ -204,12 +205,22 @@ def run_search(
     yield make_round(stopped, error, last=True)
 
 
+def _rows_a_prompt(budget: Budget, sampler: Sampler, prompts: int) -> int | None:
+    """Model rows that each prompt may cost at most; ``None`` is no limit."""
+    limits = [] if budget.max_nfe is None else [budget.max_nfe // prompts]
+    if budget.max_images is not None:
+        limits.append(int((budget.max_images + ROUNDING) / prompts * sampler.nfe(0, sampler.num_stages)))
+    return min(limits, default=None)
+
+
 def _room(budget: Budget, ledger: Ledger, sampler: Sampler, state: SearchState, elapsed: float) -> int | None:
     """Candidates a prompt that still fit the remaining rows and seconds; ``None`` is no limit."""
     prompts, limits = max(1, len(state.open_prompts)), []
     whole = prompts * sampler.nfe(0, sampler.num_stages)
     if budget.max_nfe is not None:
         limits.append((budget.max_nfe - ledger.nfe) // whole)
+    if budget.max_images is not None:
+        limits.append(int((budget.max_images - ledger.images + ROUNDING) / prompts))
     if budget.max_seconds is not None:
         if ledger.nfe == 0:
             limits.append(1)  # the first candidate tells how long one takes

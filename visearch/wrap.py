@@ -188,7 +188,8 @@ class _Settings:
             raise result.error
         job.settle(result)
         if result.error is not None:
-            raise type(result.error)(f"{result.error} (finished candidates are in .search_result)") from result.error
+            result.error.add_note("the candidates finished before it are in .search_result of the pipeline")
+            raise result.error
         output = job.output(result)
         self.result = result = replace(result, held_out=self._held_out(job, result))
         if not isinstance(output, tuple):
