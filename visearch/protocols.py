@@ -446,6 +446,9 @@ class Sampler(Protocol):
     tokens, or an inner step of a video chunk, counted flat. A row's result depends on its prompt and lineage alone,
     never on its companions: bitwise for equal batch shapes, within 1e-4 in fp32 on CPU across batch shapes.
 
+    A model that also answers questions about its images has one more method, ``ask(population, questions)`` ->
+    (B, Q) logits of "yes"; a search that needs it refuses samplers without it.
+
     Attributes:
         num_stages: T; stage 0 is noise, stage T the result.
         milestones: stages at which a search may stop, ascending, the last is T.
