@@ -15,6 +15,7 @@ from torch import Tensor
 
 from visearch.pipelines import flow
 from visearch.pipelines.flow import Level
+from visearch.pipelines.prompts import COUNTS
 from visearch.pipelines.replay import Replay, Schedule
 from visearch.protocols import (
     EtaStep,
@@ -32,8 +33,7 @@ from visearch.protocols import (
 
 __all__ = ["DiffusionSampler"]
 
-_NUMBERS = ("num_images_per_prompt", "num_videos_per_prompt")
-_RESERVED = {"prompt", "generator", "latents", "return_dict", *_NUMBERS}
+_RESERVED = {"prompt", "generator", "latents", "return_dict", *COUNTS}
 
 
 class DiffusionSampler:
@@ -101,8 +101,8 @@ class DiffusionSampler:
         if request is not self.shared.request:
             _refuse_reserved(request.call)
             self.shared.request = request
-            self.shared.shapes.clear()
-            self.replay.forget()
+            self.shared.encoded.clear()
+            self.replay.prompts.clear()
 
     # --- levels and costs ---
 
@@ -392,19 +392,19 @@ class DiffusionSampler:
         **options: Any,
     ) -> Any:
         """Call the pipeline with exactly these rows."""
-        known, request = self.replay.parameters, self._under_way()
+        request = self._under_way()
         call = {**request.call, **self.call, **(overrides or {})}
         own = [prompts[r] for r in rows]
         texts = {"prompt": request.prompts, **request.per_prompt}
         texts = {k: v for k, v in texts.items() if any(v[p] is not None for p in own)}
-        number = next((n for n in _NUMBERS if n in known), None)
-        if number is not None and len(set(own)) == 1:
-            call |= {k: v[own[0]] for k, v in texts.items()} | {number: len(rows)}
+        number = self.replay.number
+        if len(set(own)) == 1 and (number or len(rows) == 1):
+            call |= {k: v[own[0]] for k, v in texts.items()} | ({number: len(rows)} if number else {})
         else:
             call |= {k: _batch([v[p] for p in own]) for k, v in texts.items()}
         run = self.replay.run(call, [rng_start[r] for r in rows], meter=self.meter, **options)
         if len(set(own)) == 1:
-            self.shared.shapes[own[0]] = run.shapes
+            self.shared.encoded[own[0]] = run.described
         return run
 
     def _under_way(self) -> Request:
@@ -416,9 +416,9 @@ class DiffusionSampler:
         """Prompts with equal keys can share a batch."""
         request = self._under_way()
         texts = all(isinstance(v, (str, type(None))) for values in request.per_prompt.values() for v in values)
-        shapes = self.shared.shapes.get(prompt)
-        alone = not texts or not shapes or request.prompts[prompt] is None
-        return prompt if alone else ("shapes", repr(shapes))
+        encoded = self.shared.encoded.get(prompt)
+        alone = not texts or not encoded or request.prompts[prompt] is None
+        return prompt if alone else repr(encoded)
 
     # --- moves ---
 
@@ -438,10 +438,11 @@ class DiffusionSampler:
     def _restarted(self, old: RowState, tensors: dict[str, Tensor], clock: int) -> RowState:
         """State at a clock with schedulers that have no history."""
         schedule = self.schedule
-        schedulers = {
-            str(slot): {} if first is None else {"_step_index": first + schedule.slots[:clock].count(slot)}
-            for slot, first in enumerate(schedule.indexed)
-        }
+        schedulers = {}
+        for slot, indices in enumerate(schedule.indexed):
+            # the scheduler increments its index at the end of a step, so after the last of a chunk it is one beyond
+            done = schedule.slots[:clock].count(slot)
+            schedulers[str(slot)] = {} if indices is None else {"_step_index": indices[done - 1] + 1}
         fields = {**old.fields, "clock": clock, "schedulers": schedulers}
         return RowState(tensors, dict.fromkeys(tensors, 0), fields)
 
@@ -471,7 +472,7 @@ class _Shared:
     def __init__(self, replay: Replay) -> None:
         self.replay = replay
         self.request: Request | None = None
-        self.shapes: dict[int, Any] = {}  # prompt -> shapes of what encode_prompt gave
+        self.encoded: dict[int, list] = {}  # prompt -> description of what encode_prompt gave
 
     def noise_scale(self, like: Tensor) -> float:
         """What the pipeline multiplies the drawn noise with, to make its first sample."""

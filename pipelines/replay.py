@@ -28,19 +28,17 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers.utils import ModelOutput
 
 from visearch.pipelines.flow import Level, eta_step, noise_levels, predict, prediction_type, sde_step
+from visearch.pipelines.prompts import COUNTS, PromptCache, map_tree
 from visearch.protocols import EtaStep, Meter, NullMeter, RowState, Sde, Transition
 
 __all__ = ["Replay", "Schedule"]
 
 _ABSENT = object()
-_COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
 
 
 class _Stop(BaseException):
@@ -100,19 +98,9 @@ def _unchanged(owner: Any, but: tuple[str, ...] = ()) -> Iterator[None]:
 # --- trees of tensors -------------------------------------------------------------------------------------------
 
 
-def _map(function: Callable[[Any], Any], value: Any) -> Any:
-    """Apply a function to the leaves of nested tuples, lists and mappings (model outputs among them)."""
-    if type(value) is dict or isinstance(value, BaseOutput | ModelOutput):
-        return type(value)(**{k: _map(function, v) for k, v in value.items()})
-    if isinstance(value, (list, tuple)):
-        made = [_map(function, v) for v in value]
-        return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
-    return function(value)
-
-
 def _clone(value: Any) -> Any:
     """A copy whose tensors and containers are its own; other leaves are shared."""
-    return _map(lambda v: v.clone() if torch.is_tensor(v) else v, value)
+    return map_tree(lambda v: v.clone() if torch.is_tensor(v) else v, value)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -178,7 +166,7 @@ class Schedule:
             of order 2, whose full step takes two model calls.
         model_rows: per clock, model rows that one candidate costs in the loop's pass before that call.
         levels: per slot, the levels before each of its calls and after the last, or ``None`` where unknown.
-        indexed: per slot, the ``_step_index`` at its first call, or ``None`` where the scheduler has none.
+        indexed: per slot, the ``_step_index`` at each of its calls, or ``None`` where the scheduler has none.
         order: of the first scheduler.
     """
 
@@ -186,7 +174,7 @@ class Schedule:
     ends: tuple[int, ...]
     model_rows: tuple[int, ...]
     levels: tuple[list[Level] | None, ...]
-    indexed: tuple[int | None, ...]
+    indexed: tuple[list[int] | None, ...]
     order: int
 
     @property
@@ -230,15 +218,11 @@ class Replay:
         self.parameters = inspect.signature(type(pipe).__call__).parameters
         names = inspect.unwrap(type(pipe).__call__).__code__.co_names
         self.has_bar = "progress_bar" in names
-        self.encoded: dict[tuple, tuple[tuple, Any]] = {}  # arguments -> (what keeps their ids alive, result)
-        self.axes: Any = _ABSENT  # row axes of encode_prompt's result
+        self.prompts = PromptCache()
         self.outputs: dict[str, tuple[int, Any]] = {}  # module -> rows and shapes of a real output
         self.schedule: Schedule | None = None
         self.schedule = self._dry_run(call)
-
-    def forget(self) -> None:
-        """Drop encoded prompts: the next request brings its own."""
-        self.encoded.clear()
+        self.number = self._number(call)
 
     def run(self, call: Mapping[str, Any], rng_start: Sequence[Tensor], **options: Any) -> _Run:
         """One call of the pipeline, or the part of it between two clocks; see :class:`_Run` for the options."""
@@ -271,6 +255,21 @@ class Replay:
             indexed=tuple(run.indexed),
             order=order,
         )
+
+    def _number(self, call: Mapping[str, Any]) -> str | None:
+        """The argument that sets images or videos a prompt, or ``None`` where the call does not honour it.
+
+        Some pipelines take the argument and set it to 1; their batch is made by repeating the prompt.
+        """
+        name = next((n for n in COUNTS if n in self.parameters), None)
+        if name is None:
+            return None
+        start = [torch.Generator().manual_seed(0).get_state()] * 2
+        try:
+            run = self.run({**call, name: 2}, start, stop=0, callbacks=False)
+        except ValueError:
+            return None
+        return name if run.drawn is None or run.drawn.shape[0] % 2 == 0 else None
 
 
 class _Run:
@@ -320,16 +319,14 @@ class _Run:
         self.clock = 0
         self.timed = False  # set_timesteps was called
         self.entered = False  # the loop has begun
-        self.encoding = 0
-        self.encoder_outputs: dict[tuple, Any] | None = None
-        self.shapes: list[Any] = []  # of everything that encode_prompt gave
+        self.described: list[Any] = []  # of each prompt, what encode_prompt gave
         self.slots: list[int] = []
         self.owners: list[Any] = []  # slot -> scheduler
         self.fresh: dict[int, dict[str, Any]] = {}  # slot -> its fields before stepping
         self.last: dict[int, tuple[dict[str, Tensor], Tensor | None]] = {}  # slot -> outputs and x0 of its last call
         self.model_rows: dict[int, int] = {}
         self.levels: list[list[Level] | None] = []
-        self.indexed: list[int | None] = []
+        self.indexed: list[list[int] | None] = []
         self.output: Any = None
         self.captured: RowState | None = None
 
@@ -434,60 +431,17 @@ class _Run:
             self.drawn = made
         return made
 
-    # --- prompts ---
-
     def _encode(self, shadow: _Shadow, *args: Any, **kwargs: Any) -> Any:
-        """Each prompt is encoded alone, once a request, and its rows are copies: companions never change a row."""
-        real = shadow.__wrapped__
-        bound = inspect.signature(real).bind(*args, **kwargs)
-        bound.apply_defaults()
-        arguments = bound.arguments
-        count = next((c for c in _COUNTS if c in arguments), None)
-        prompt = arguments.get("prompt")
-        listed = isinstance(prompt, (list, tuple))
-        if count is None or (listed and len(prompt) > 1 and len(prompt) != self.rows):
-            return real(*args, **kwargs)
-        copies = arguments[count]
-        parts = []
-        for row in range(len(prompt) if listed else 1):
-            own = {
-                k: v[row] if listed and isinstance(v, (list, tuple)) and len(v) == len(prompt) else v
-                for k, v in arguments.items()
-            }
-            parts.append(self._encode_one(real, bound.signature, own | {count: 1}, count))
-        self.shapes += [_map(lambda v: tuple(v.shape) if torch.is_tensor(v) else None, p) for p in parts]
-        parts = [p for p in parts for _ in range(copies)]
-        return parts[0] if len(parts) == 1 else _join(parts, self.replay.axes)
-
-    def _encode_one(self, real: Callable, signature: inspect.Signature, arguments: dict[str, Any], count: str) -> Any:
-        key, kept = _key(arguments.items()), tuple(arguments.values())
-        cache = self.replay.encoded
-        if key not in cache:
-
-            def encode(copies: int) -> Any:
-                call = inspect.BoundArguments(signature, arguments | {count: copies})
-                return _clone(real(*call.args, **call.kwargs))
-
-            self.encoding += 1
-            self.encoder_outputs = {}
-            begin = time.perf_counter()
-            try:
-                one = encode(1)
-                self.meter.encode(1, time.perf_counter() - begin)
-                if self.replay.axes is _ABSENT:
-                    self.replay.axes = _row_axes(one, encode(2))
-            finally:
-                self.encoding -= 1
-                self.encoder_outputs = None
-            cache[key] = (kept, one)
-        return cache[key][1]
+        result, described = self.replay.prompts.encode(shadow.__wrapped__, args, kwargs, self.rows, self.meter)
+        self.described += described
+        return result
 
     # --- models ---
 
     def _forward(self, name: str, shadow: _Shadow, *args: Any, **kwargs: Any) -> Any:
         real, schedule = shadow.__wrapped__, self.replay.schedule
-        if self.encoding:
-            return self._encoder(name, real, args, kwargs)
+        if self.replay.prompts.encoding:
+            return self.replay.prompts.encoder(name, real, args, kwargs)
         if not self.entered and self.timed and not self.replay.has_bar:
             self._enter()
         if not self.entered or (schedule is not None and self.clock >= schedule.calls):
@@ -497,7 +451,7 @@ class _Run:
             self.model_rows[self.clock] = self.model_rows.get(self.clock, 0) + rows
         if self.dry and self.observe and name not in self.replay.outputs:
             output = real(*args, **kwargs)
-            self.replay.outputs[name] = rows, _map(lambda v: v.to("meta") if torch.is_tensor(v) else v, output)
+            self.replay.outputs[name] = rows, map_tree(lambda v: v.to("meta") if torch.is_tensor(v) else v, output)
             return output
         if self.dry or self.clock < self.begin:
             return self._stub(name, shadow.owner, batch, rows, kwargs)
@@ -505,13 +459,6 @@ class _Run:
         output = real(*args, **kwargs)
         self.meter.forward(rows, time.perf_counter() - begin, "denoiser", rows / sum(schedule.model_rows))
         return output
-
-    def _encoder(self, name: str, real: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """A text encoder's call; the second pass that finds the row axes reuses the outputs of the first."""
-        key = (name, _key(enumerate(args), by_value=True), _key(kwargs.items(), by_value=True))
-        if key not in self.encoder_outputs:
-            self.encoder_outputs[key] = real(*args, **kwargs)
-        return self.encoder_outputs[key]
 
     def _stub(self, name: str, module: nn.Module, batch: Any, rows: int, kwargs: Mapping[str, Any]) -> Any:
         """Zeros in the shape of the model's output; nothing reads their values."""
@@ -525,7 +472,7 @@ class _Run:
                 shape = (value.shape[0] * rows // seen, *value.shape[1:]) if value.ndim else value.shape
                 return torch.zeros(shape, dtype=value.dtype, device=like.device)
 
-            return _map(zeros, shapes)
+            return map_tree(zeros, shapes)
         config = getattr(module, "config", {})
         channels, given = config.get("out_channels"), config.get("in_channels")
         shape = list(batch.shape)
@@ -558,11 +505,12 @@ class _Run:
         self.entered = True
         bound = inspect.signature(real).bind(*args, **kwargs)
         slot = self._slot(scheduler)
-        if slot not in self.fresh:
-            self.fresh[slot] = {k: _clone(v) for k, v in vars(scheduler).items() if k not in ("step", "set_timesteps")}
         call = self.slots.count(slot)
-        if slot == len(self.levels):
-            self._learn(scheduler, bound.arguments["timestep"])
+        if slot not in self.fresh:  # first call, or first since its timesteps were set again for another chunk
+            self.fresh[slot] = {k: _clone(v) for k, v in vars(scheduler).items() if k not in ("step", "set_timesteps")}
+            self._learn(scheduler, slot, call, bound.arguments["timestep"])
+        elif self.indexed[slot] is not None:
+            self.indexed[slot].append(self.indexed[slot][-1] + 1)
         self.slots.append(slot)
         self.clock += 1
         if self.clock <= self.begin:
@@ -578,8 +526,8 @@ class _Run:
             return namedtuple("SchedulerOutput", values)(**values)
         return tuple(values.values())
 
-    def _learn(self, scheduler: Any, timestep: Any) -> None:
-        """Levels of a scheduler that is called for the first time in this run."""
+    def _learn(self, scheduler: Any, slot: int, call: int, timestep: Any) -> None:
+        """Levels and step indices of a scheduler from this call on."""
         index = getattr(scheduler, "step_index", None)
         if index is None:
             index = getattr(scheduler, "begin_index", None)
@@ -587,8 +535,13 @@ class _Run:
             match = (scheduler.timesteps.cpu() == torch.as_tensor(timestep).flatten()[0].cpu()).nonzero()
             index = int(match[0]) if len(match) else 0
         levels = noise_levels(scheduler)
-        self.levels.append(None if levels is None else levels[index:])
-        self.indexed.append(index if hasattr(scheduler, "_step_index") else None)
+        if slot == len(self.levels):
+            self.levels.append(None if levels is None else levels[index:])
+            self.indexed.append([index] if hasattr(scheduler, "_step_index") else None)
+        else:
+            self.levels[slot] = None if levels is None else self.levels[slot][:call] + levels[index:]
+            if self.indexed[slot] is not None:
+                self.indexed[slot].append(index)
 
     def _live_step(
         self, scheduler: Any, real: Callable, bound: inspect.BoundArguments, slot: int, call: int
@@ -670,38 +623,3 @@ class _Run:
             fields["schedulers"] = schedulers
         tensors["rng_start"] = torch.stack(list(self.rng_start))
         return RowState(tensors, dict.fromkeys(tensors, 0) | axes, fields)
-
-
-def _key(items: Any, by_value: bool = False) -> tuple:
-    """Hashable form of arguments: plain values by value, tensors and other objects by identity or content."""
-
-    def one(value: Any) -> Any:
-        if value is None or isinstance(value, (bool, int, float, str, torch.device, torch.dtype)):
-            return value
-        if isinstance(value, (list, tuple)):
-            return tuple(map(one, value))
-        if by_value and torch.is_tensor(value):
-            return value.shape, value.dtype, value.detach().float().cpu().numpy().tobytes()
-        return "id", id(value)
-
-    return tuple((name, one(value)) for name, value in items)
-
-
-def _row_axes(one: Any, two: Any) -> Any:
-    """Per leaf of an encoder's result, the axis that doubles with its rows, or ``None``; "list" for lists of rows."""
-    if torch.is_tensor(one):
-        return next((i for i, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if b == 2 * a), None)
-    if isinstance(one, list) and len(two) == 2 * len(one):
-        return "list"
-    return [_row_axes(a, b) for a, b in zip(one, two, strict=True)] if isinstance(one, (list, tuple)) else None
-
-
-def _join(parts: Sequence[Any], axes: Any) -> Any:
-    """Results of encoding single rows as the result of encoding them together; blocks (CFG) stay in front of rows."""
-    if axes is None:
-        return parts[0]
-    if axes == "list":
-        return [value for part in parts for value in part]
-    if isinstance(axes, int):
-        return torch.stack(list(parts), axes + 1).flatten(axes, axes + 1)
-    return type(parts[0])(_join([p[i] for p in parts], axis) for i, axis in enumerate(axes))
