@@ -438,11 +438,10 @@ class DiffusionSampler:
     def _restarted(self, old: RowState, tensors: dict[str, Tensor], clock: int) -> RowState:
         """State at a clock with schedulers that have no history."""
         schedule = self.schedule
-        schedulers = {}
-        for slot, indices in enumerate(schedule.indexed):
-            # the scheduler increments its index at the end of a step, so after the last of a chunk it is one beyond
-            done = schedule.slots[:clock].count(slot)
-            schedulers[str(slot)] = {} if indices is None else {"_step_index": indices[done - 1] + 1}
+        schedulers = {
+            str(slot): {} if first is None else {"_step_index": first + schedule.slots[:clock].count(slot)}
+            for slot, first in enumerate(schedule.first_index)
+        }
         fields = {**old.fields, "clock": clock, "schedulers": schedulers}
         return RowState(tensors, dict.fromkeys(tensors, 0), fields)
 

@@ -166,7 +166,7 @@ class Schedule:
             of order 2, whose full step takes two model calls.
         model_rows: per clock, model rows that one candidate costs in the loop's pass before that call.
         levels: per slot, the levels before each of its calls and after the last, or ``None`` where unknown.
-        indexed: per slot, the ``_step_index`` at each of its calls, or ``None`` where the scheduler has none.
+        first_index: per slot, the ``_step_index`` at its first call, or ``None`` where the scheduler has none.
         order: of the first scheduler.
     """
 
@@ -174,7 +174,7 @@ class Schedule:
     ends: tuple[int, ...]
     model_rows: tuple[int, ...]
     levels: tuple[list[Level] | None, ...]
-    indexed: tuple[list[int] | None, ...]
+    first_index: tuple[int | None, ...]
     order: int
 
     @property
@@ -231,20 +231,24 @@ class Replay:
         return run
 
     def _dry_run(self, call: Mapping[str, Any]) -> Schedule:
-        call = {k: v for k, v in call.items() if k not in ("callback_on_step_end", "callback", "latents")}
+        call = dict(call)
         if "output_type" in self.parameters:
             call["output_type"] = "latent"
         start = [torch.Generator().manual_seed(0).get_state()]
         try:
-            run = self.run(call, start, dry=True)
+            run = self.run(call, start, dry=True, callbacks=False)
         except Exception:
             # a denoiser whose output is not shaped like its input: let each run once and copy the shapes
-            run = self.run(call, start, dry=True, observe=True)
+            run = self.run(call, start, dry=True, observe=True, callbacks=False)
         if not run.slots:
             raise ValueError(f"{type(self.pipe).__name__} made no call of scheduler.step; check num_inference_steps")
+        if run.rescheduled:
+            raise ValueError(
+                f"{type(self.pipe).__name__} sets its timesteps anew inside its loop (chunks of a video); "
+                "replay cannot resume in later chunks: draw whole samples instead"
+            )
         order = getattr(run.owners[0], "order", 1)
-        starts = [i for i, slot in enumerate(run.slots) if slot == run.slots[0]]
-        passes = [*starts[1:], len(run.slots)]
+        passes = _passes(run.slots)
         ends = passes[order - 1 :: order]
         ends = [0, *ends] if ends and ends[-1] == passes[-1] else [0, *ends, passes[-1]]
         return Schedule(
@@ -252,7 +256,7 @@ class Replay:
             ends=tuple(ends),
             model_rows=tuple(run.model_rows.get(c, 0) for c in range(len(run.slots))),
             levels=tuple(run.levels),
-            indexed=tuple(run.indexed),
+            first_index=tuple(run.first_index),
             order=order,
         )
 
@@ -267,9 +271,21 @@ class Replay:
         start = [torch.Generator().manual_seed(0).get_state()] * 2
         try:
             run = self.run({**call, name: 2}, start, stop=0, callbacks=False)
-        except ValueError:
+        except Exception:  # whatever a pipeline says when its batch is not what its generators are
             return None
         return name if run.drawn is None or run.drawn.shape[0] % 2 == 0 else None
+
+
+def _passes(slots: Sequence[int]) -> list[int]:
+    """Clock after each pass of a loop in which each of its schedulers steps once, or of several loops in turn."""
+    ends: list[int] = []
+    current: set[int] = set()
+    for clock, slot in enumerate(slots):
+        if slot in current or (ends and slot not in slots[:clock]):
+            ends.append(clock)
+            current = set()
+        current.add(slot)
+    return [*ends, len(slots)]
 
 
 class _Run:
@@ -318,6 +334,7 @@ class _Run:
         self.drawn: Tensor | None = None  # initial noise, as the pipeline's first draw gave it
         self.clock = 0
         self.timed = False  # set_timesteps was called
+        self.rescheduled = False  # and again after a step
         self.entered = False  # the loop has begun
         self.described: list[Any] = []  # of each prompt, what encode_prompt gave
         self.slots: list[int] = []
@@ -326,7 +343,7 @@ class _Run:
         self.last: dict[int, tuple[dict[str, Tensor], Tensor | None]] = {}  # slot -> outputs and x0 of its last call
         self.model_rows: dict[int, int] = {}
         self.levels: list[list[Level] | None] = []
-        self.indexed: list[list[int] | None] = []
+        self.first_index: list[int | None] = []
         self.output: Any = None
         self.captured: RowState | None = None
 
@@ -371,12 +388,18 @@ class _Run:
         callback = call.get("callback_on_step_end")
         if callback is None:
             return
-        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        setting = isinstance(callback, (PipelineCallback, MultiPipelineCallbacks))
+        if setting:
             call["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
 
         def live(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             # the call at the resume point is due: stopping there left the loop before the callback
-            return callback(pipe, step, timestep, tensors) if self.callbacks and self.clock >= self.begin else {}
+            if self.clock >= self.begin and (self.callbacks or setting):
+                return callback(pipe, step, timestep, tensors)
+            if setting:
+                # diffusers' own callbacks set the loop up for later steps (guidance off), so they also hear of stubs
+                return {k: v for k, v in callback(pipe, step, timestep, tensors).items() if k != "latents"}
+            return {}
 
         call["callback_on_step_end"] = live
 
@@ -487,7 +510,7 @@ class _Run:
         if self.active:
             self.timed = True
             slot = self._slot(shadow.owner, add=False)
-            self.fresh.pop(slot, None)
+            self.rescheduled |= self.fresh.pop(slot, None) is not None
         return shadow.__wrapped__(*args, **kwargs)
 
     def _slot(self, scheduler: Any, add: bool = True) -> int:
@@ -506,11 +529,9 @@ class _Run:
         bound = inspect.signature(real).bind(*args, **kwargs)
         slot = self._slot(scheduler)
         call = self.slots.count(slot)
-        if slot not in self.fresh:  # first call, or first since its timesteps were set again for another chunk
+        if slot not in self.fresh:
             self.fresh[slot] = {k: _clone(v) for k, v in vars(scheduler).items() if k not in ("step", "set_timesteps")}
-            self._learn(scheduler, slot, call, bound.arguments["timestep"])
-        elif self.indexed[slot] is not None:
-            self.indexed[slot].append(self.indexed[slot][-1] + 1)
+            self._learn(scheduler, bound.arguments["timestep"])
         self.slots.append(slot)
         self.clock += 1
         if self.clock <= self.begin:
@@ -526,8 +547,8 @@ class _Run:
             return namedtuple("SchedulerOutput", values)(**values)
         return tuple(values.values())
 
-    def _learn(self, scheduler: Any, slot: int, call: int, timestep: Any) -> None:
-        """Levels and step indices of a scheduler from this call on."""
+    def _learn(self, scheduler: Any, timestep: Any) -> None:
+        """Levels of a scheduler that is called for the first time."""
         index = getattr(scheduler, "step_index", None)
         if index is None:
             index = getattr(scheduler, "begin_index", None)
@@ -535,13 +556,8 @@ class _Run:
             match = (scheduler.timesteps.cpu() == torch.as_tensor(timestep).flatten()[0].cpu()).nonzero()
             index = int(match[0]) if len(match) else 0
         levels = noise_levels(scheduler)
-        if slot == len(self.levels):
-            self.levels.append(None if levels is None else levels[index:])
-            self.indexed.append([index] if hasattr(scheduler, "_step_index") else None)
-        else:
-            self.levels[slot] = None if levels is None else self.levels[slot][:call] + levels[index:]
-            if self.indexed[slot] is not None:
-                self.indexed[slot].append(index)
+        self.levels.append(None if levels is None else levels[index:])
+        self.first_index.append(index if hasattr(scheduler, "_step_index") else None)
 
     def _live_step(
         self, scheduler: Any, real: Callable, bound: inspect.BoundArguments, slot: int, call: int

@@ -12,10 +12,12 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import FirstBlockCacheConfig
+from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion
 from tiny import PIPELINES, build
 
 from visearch.pipelines.diffusion import DiffusionSampler
+from visearch.pipelines.replay import _passes
 from visearch.protocols import Request
 
 CALL = {"height": 32, "width": 32, "num_inference_steps": 4}
@@ -240,6 +242,25 @@ def test_callbacks_may_change_latents():
         for stage in stops:
             rows = sampler.advance(rows, stage)
         assert torch.equal(sampler.decode(rows), plain), stops
+
+
+@pytest.mark.parametrize("stops", [(4,), (1, 4), (2, 3, 4)])
+def test_callbacks_that_set_the_loop_up_hear_of_skipped_steps(stops):
+    pipe = build("sd")
+    options = {**CALL, "callback_on_step_end": SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)}
+    plain = pipe(PROMPT, generator=torch.Generator().manual_seed(7), output_type="pt", **options).images
+    sampler = DiffusionSampler(pipe, options)
+    assert [sampler.nfe(i, i + 1) for i in range(4)] == [2, 2, 1, 1]
+    rows = sampler.init(request(), request().seeds(0, 1))
+    for stage in stops:
+        rows = sampler.advance(rows, stage)
+    assert torch.equal(sampler.decode(rows), plain)
+
+
+def test_passes_of_several_schedulers():
+    assert _passes([0, 0, 0]) == [1, 2, 3]
+    assert _passes([0, 1, 0, 1]) == [2, 4]
+    assert _passes([0, 0, 1, 1, 1]) == [1, 2, 3, 4, 5]
 
 
 def test_copied_schedulers_are_watched_and_let_go():
