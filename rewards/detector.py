@@ -93,7 +93,7 @@ class GridTransformer(nn.Module):
     stride = 8
     peak_kernel = 1  # centres of neighbours can lie in neighbouring cells: duplicates are removed by IoU alone
 
-    def __init__(self, classes: int, colours: int, width: int = 128, depth: int = 4, heads: int = 4) -> None:
+    def __init__(self, classes: int, colours: int, width: int = 128, depth: int = 3, heads: int = 4) -> None:
         super().__init__()
         self.classes, self.colours = classes, colours
         self.stem = nn.Sequential(_conv(3, 32, 2), _conv(32, 64, 2), _Residual(64), _conv(64, width, 2))

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scene_cache import reconstruct
 from scipy.stats import binomtest
 from torch import Tensor
 
@@ -81,16 +82,6 @@ def errors(verdict: np.ndarray, trial: Trial) -> dict[str, dict[str, float]]:
     return table
 
 
-@torch.inference_mode()
-def reconstruct(images: Tensor) -> Tensor:
-    """Images (N, 3, 64, 64) uint8 through the shipped generator's autoencoder."""
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL.from_pretrained(path("emoji-64/pipeline"), subfolder="vae").float().eval()
-    parts = [vae(part.float() / 127.5 - 1).sample for part in images.split(64)]
-    return ((torch.cat(parts) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("judges", nargs="*", default=["a", "b", "c"])
@@ -103,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     held_out = compose(args.scenes // 2, args.seed + 1, (scenes.HELD_OUT_STYLE,))
     trials = {"error": trial, "error_held_out_style": held_out}
     if args.reconstruct:
-        trials["error_reconstructed"] = Trial(reconstruct(trial.images), trial.metadata, trial.right)
+        trials["error_reconstructed"] = Trial(
+            reconstruct(trial.images, path("emoji-64/pipeline/vae")), trial.metadata, trial.right
+        )
     failed = []
     for name in args.judges:
         judge = load_judge(name)

@@ -105,6 +105,28 @@ def neighbour(rng: np.random.Generator, metadata: dict, split: str) -> dict:
     return scenes.sample_metadata(rng, metadata["tag"], split)
 
 
+@torch.inference_mode()
+def reconstruct(images: Tensor, vae_folder: Path, batch_size: int = 32) -> Tensor:
+    """Scenes (N, 3, 64, 64) uint8 through a diffusers AutoencoderKL (mean latents), uint8 again."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(vae_folder).float().eval()
+    parts = []
+    for part in images.split(batch_size):
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded = vae(part.float() / 127.5 - 1).sample
+        parts.append(((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
+    return torch.cat(parts)
+
+
+def load_or_reconstruct(cache: SceneCache, path: Path, count: int, vae_folder: Path) -> np.ndarray:
+    """The first `count` scenes of a cache through an autoencoder, (count, 64, 64, 3) uint8, kept at `path`."""
+    if not path.exists():
+        images = torch.from_numpy(np.array(cache.images[:count])).permute(0, 3, 1, 2)
+        np.save(path, reconstruct(images, vae_folder).permute(0, 2, 3, 1).numpy())
+    return np.load(path, mmap_mode="r")
+
+
 def augment(images: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
     """Degrade scenes (N, 3, 64, 64) in [0, 1] the way small generators do: softness, grain, colour drift.
 

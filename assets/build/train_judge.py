@@ -21,9 +21,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from scene_cache import SceneCache, augment, load_or_compose
+from scene_cache import SceneCache, augment, load_or_compose, load_or_reconstruct
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.ops import box_iou
 
 from visearch.assets import scenes
@@ -103,7 +104,7 @@ def centernet_loss(net: CenterNet, images: Tensor, targets: Targets) -> Tensor:
 
 
 def grid_loss(net: GridTransformer, images: Tensor, targets: Targets) -> Tensor:
-    """Cross-entropy over classes and "none" in every cell, objects and empty cells weighing the same in sum."""
+    """Cross-entropy over classes and "none" in every cell, summed, per object."""
     name, box, colour = net.logits(images)
     label = torch.full((name.shape[0], *name.shape[-2:]), net.classes)
     label[targets.sample, targets.row, targets.column] = targets.label
@@ -116,11 +117,20 @@ def grid_loss(net: GridTransformer, images: Tensor, targets: Targets) -> Tensor:
 LOSSES = {"centernet": centernet_loss, "grid-transformer": grid_loss}
 
 
-def batches(cache: SceneCache, stride: int, batch: int, step: int, seed: int):
-    """Endless augmented batches from `step` on: float images (N, 3, 64, 64) scaled as the judge does, and targets."""
+def batches(cache: SceneCache, decoded: np.ndarray | None, stride: int, batch: int, step: int, seed: int):
+    """Endless augmented batches from `step` on: float images (N, 3, 64, 64) scaled as the judge does, and targets.
+
+    decoded: the first scenes of the cache through an autoencoder; if given, a third of a batch is drawn from them.
+    """
     while True:
-        rows = np.sort(np.random.default_rng((seed, step)).choice(len(cache.metadata), batch, replace=False))
-        pixels = torch.from_numpy(cache.images[rows]).permute(0, 3, 1, 2).float() / 255
+        rng = np.random.default_rng((seed, step))
+        rows = np.sort(rng.choice(len(cache.metadata), batch, replace=False))
+        images = cache.images[rows]
+        if decoded is not None:
+            third = batch // 3
+            rows[:third] = rng.choice(len(decoded), third, replace=False)
+            images[:third] = decoded[rows[:third]]
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
         generator = torch.Generator().manual_seed(seed * 10**6 + step)
         soft = augment(pixels, generator)
         yield (soft - 0.5) / 0.25, make_targets(cache, rows, stride)
@@ -199,6 +209,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--scenes", type=int, default=60_000)
+    parser.add_argument("--vae", type=Path, help="AutoencoderKL folder; its reconstructions join the training scenes")
+    parser.add_argument("--decoded", type=int, default=8000, help="how many scenes to reconstruct")
     parser.add_argument("--scratch", type=Path, default=Path("outputs/build"))
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -207,6 +219,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     root = args.scratch / f"judge-{args.name}"
     train = load_or_compose(root / "train", args.scenes, recipe.seed, styles=recipe.styles, free=True)
     held = load_or_compose(root / "held", 3000, recipe.seed + 1, styles=recipe.styles, free=True, split="validation")
+
+    decoded = None
+    if args.vae:
+        decoded = load_or_reconstruct(train, root / "decoded.npy", args.decoded, args.vae)
 
     net = ARCHITECTURES[recipe.architecture](len(scenes.CLASSES), len(scenes.COLORS) + 1)
     net.to(memory_format=torch.channels_last)
@@ -228,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     print(f"{sum(p.numel() for p in net.parameters())} parameters", flush=True)
     began, saved_at, first_step = time.monotonic() - spent, spent, step
-    for images, targets in batches(train, net.stride, args.batch, step, recipe.seed):
+    for images, targets in batches(train, decoded, net.stride, args.batch, step, recipe.seed):
         spent = time.monotonic() - began
         done = spent / (60 * args.minutes)
         if done >= 1:
@@ -236,10 +252,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         warm = min(1.0, (step + 1) / 200)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-        with torch.autocast("cpu", torch.bfloat16):
+        # The fused CPU attention is slower than plain matrix products for 64 tokens.
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             loss = LOSSES[recipe.architecture](net, images.contiguous(memory_format=torch.channels_last), targets)
-        optimizer.zero_grad()
-        loss.backward()
+            optimizer.zero_grad()
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
         optimizer.step()
         average.update_parameters(net)
