@@ -249,6 +249,26 @@ def test_ctrl_c_raises_and_keeps_what_was_finished(cogview):
     assert wrapped.search_result.stopped == "interrupted" and len(wrapped.search_result.ranking) == 2
 
 
+def test_the_ledger_agrees_with_an_independent_hook_when_memory_runs_out_midway(pipe, monkeypatch):
+    denoiser = getattr(pipe, "transformer", None) or pipe.unet
+    forward, seen = type(denoiser).forward, []
+
+    def tight(self, *args, **kwargs):
+        sample = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+        seen.append(len(sample))
+        if len(sample) > 2 and len(seen) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *args, **kwargs)
+
+    whole = wrap(pipe, n=3)("a cow", generator=seeded(), output_type="pt", **CALL)
+    monkeypatch.setattr(type(denoiser), "forward", tight)
+    with RealRows(pipe) as rows:
+        found = wrap(pipe, n=3)("a cow", generator=seeded(), output_type="pt", **CALL)
+    ledger = found.search.ledger
+    assert sum(rows) == ledger.nfe > 3 * 2 * 3 and ledger.retries > 0
+    assert torch.allclose(whole.images, found.images, atol=1e-4)
+
+
 def test_the_ledger_agrees_with_an_independent_hook(pipe):
     with RealRows(pipe) as rows:
         found = wrap(pipe, n=3)("a cow", generator=seeded(), **CALL)

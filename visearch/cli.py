@@ -165,6 +165,7 @@ class Found:
     baseline: dict[str, Any]
     images: dict[str, Any]
     call: dict[str, Any]
+    notes: dict[str, str]
 
 
 def search_once(options: argparse.Namespace, prompt: str, search: Any, budget: Any, pipe: Any = None) -> Found:
@@ -210,7 +211,8 @@ def search_once(options: argparse.Namespace, prompt: str, search: Any, budget: A
         values = judge.score(pair, [prompt] * 2, metadata=[None] * 2).values.tolist()
         for candidate, value in zip((ranking[0], first), values, strict=True):
             candidate.setdefault("held_out", {})[judge.name] = value
-    return Found(search, reward, result, ranking[0], first, images, call)
+    notes = {judge.name: getattr(judge, "note", "") for judge in held_out}
+    return Found(search, reward, result, ranking[0], first, images, call, notes)
 
 
 def make_baseline() -> Any:
@@ -357,7 +359,8 @@ def _tell(options: argparse.Namespace, found: Found, written: bool) -> None:
         f"({gain:+.3f}); {len(result.ranking)} candidates, {spent['nfe']} model rows, {spent['seconds']['total']:.1f} s"
     )
     for name, value in found.winner.get("held_out", {}).items():
-        print(f"{name} (held out): {found.baseline['held_out'][name]:.3f} sampled once, {value:.3f} searched")
+        once, note = found.baseline["held_out"][name], found.notes[name]
+        print(f"{name} (held out): {once:.3f} sampled once, {value:.3f} searched" + (f"; {note}" if note else ""))
     if result.stopped != "done":
         reason = {"interrupted": "interrupted by Ctrl-C", "failed": f"stopped: {_one_line(result.error or '')}"}
         print(f"{reason.get(result.stopped, f'stopped: {result.stopped}')}; the best of what was finished is kept")
