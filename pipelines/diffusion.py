@@ -16,7 +16,7 @@ from torch import Tensor
 from visearch.pipelines import flow
 from visearch.pipelines.flow import Level
 from visearch.pipelines.prompts import COUNTS
-from visearch.pipelines.replay import Replay, Schedule
+from visearch.pipelines.replay import Replay, Schedule, batch
 from visearch.protocols import (
     EtaStep,
     Event,
@@ -70,7 +70,7 @@ class DiffusionSampler:
         self.meter: Meter = NullMeter()
         self.transition: Transition = Ode()
         _refuse_reserved(self.call)
-        self.shared = _Shared(Replay(pipe, {"prompt": "a photo", **self.call, **(example or {})}))
+        self.shared = _Shared(Replay(pipe, self.call, {"prompt": "a photo", **(example or {})}))
         self.num_stages = self.schedule.stages
         self.milestones = tuple(range(1, self.num_stages + 1))
 
@@ -143,7 +143,7 @@ class DiffusionSampler:
         prompts = [seed.prompt for seed in seeds]
         noise: list[Tensor | None] = [None] * len(seeds)
         rng = list(rng_start)
-        for rows in _groups(prompts):
+        for rows in _groups(prompts if self.replay.together else range(len(prompts))):
             run = self._run(prompts, rows, rng_start, device=device, stop=0)
             for i, row in enumerate(rows):
                 rng[row] = run.rng[i]
@@ -175,7 +175,7 @@ class DiffusionSampler:
             raise ValueError(f"cannot advance from stage {population.stage} to {to}; stages end at {self.num_stages}")
         prompts = population.prompt.tolist()
         states, streams, order = [], list(population.rng), []
-        for rows in _groups([self._batch_key(p) for p in prompts]):
+        for rows in _groups([self._batch_key(p) if self.replay.together else row for row, p in enumerate(prompts)]):
             run = self._run(
                 prompts,
                 rows,
@@ -343,10 +343,11 @@ class DiffusionSampler:
         # the loop computes nothing here, so rows may go through under any prompt; images given per prompt do matter
         text_only = all("prompt" in name for name in self._under_way().per_prompt)
         runs = [list(range(len(prompts)))] if text_only else _consecutive(prompts)
+        most = self.decode_batch if self.replay.together else 1
         outputs = []
         for rows in runs:
-            for start in range(0, len(rows), self.decode_batch):
-                part = rows[start : start + self.decode_batch]
+            for start in range(0, len(rows), most):
+                part = rows[start : start + most]
                 begin = time.perf_counter()
                 run = self._run(
                     [prompts[part[0]]] * len(prompts),
@@ -401,7 +402,7 @@ class DiffusionSampler:
         if len(set(own)) == 1 and (number or len(rows) == 1):
             call |= {k: v[own[0]] for k, v in texts.items()} | ({number: len(rows)} if number else {})
         else:
-            call |= {k: _batch([v[p] for p in own]) for k, v in texts.items()}
+            call |= {k: batch([v[p] for p in own]) for k, v in texts.items()}
         run = self.replay.run(call, [rng_start[r] for r in rows], meter=self.meter, **options)
         if len(set(own)) == 1:
             self.shared.encoded[own[0]] = run.described
@@ -510,10 +511,6 @@ def _normal(shape: Sequence[int], streams: Sequence[torch.Generator], like: Tens
     """Standard normal float32, one row a stream, on the device of ``like``."""
     rows = [torch.randn(tuple(shape[1:]), generator=g, device=g.device) for g in streams]
     return torch.stack(rows).to(like.device)
-
-
-def _batch(values: Sequence[Any]) -> Any:
-    return torch.cat(list(values)) if torch.is_tensor(values[0]) else list(values)
 
 
 def _merge(outputs: Sequence[Any]) -> Any:

@@ -38,12 +38,12 @@ def noise_levels(scheduler: Any) -> list[Level] | None:
     sigmas = getattr(scheduler, "sigmas", None)
     if torch.is_tensor(sigmas):
         values = sigmas.double().cpu()
-        if scheduler.config.get("invert_sigmas", False):
-            return None
         if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
             return [Level(float(a), float(s)) for a, s in map(scheduler._sigma_to_alpha_sigma_t, values)]
         if prediction_type(scheduler) == "flow":
             return [Level(1 - float(s), float(s)) for s in values]
+        if prediction_type(scheduler) == "inverted flow":
+            return [Level(float(s), 1 - float(s)) for s in values]
         return [Level(1.0, float(s)) for s in values]
     cumulative = getattr(scheduler, "alphas_cumprod", None)
     if not torch.is_tensor(cumulative):
@@ -55,12 +55,14 @@ def noise_levels(scheduler: Any) -> list[Level] | None:
 
 
 def prediction_type(scheduler: Any) -> str:
-    """What the model under a diffusers scheduler predicts: ``"epsilon"``, ``"v"``, ``"sample"`` or ``"flow"``.
+    """What the model predicts: ``"epsilon"``, ``"v"``, ``"sample"``, ``"flow"``, or ``"inverted flow"`` (Mochi).
 
     Raises:
         ValueError: the scheduler's ``prediction_type`` is none of these.
     """
     config = scheduler.config
+    if config.get("invert_sigmas", False):
+        return "inverted flow"
     name = config.get("prediction_type")
     if name is None:
         flow = type(scheduler).__name__.startswith(("FlowMatch", "LTXEuler")) or config.get("use_flow_sigmas", False)
@@ -76,11 +78,11 @@ def prediction_type(scheduler: Any) -> str:
 def predict(kind: str, output: Tensor, x: Tensor, level: Level) -> Tensor:
     """x0 estimate from a model output; all shapes (B, ...), float.
 
-    Flow v = eps - x0: ``x0 = x - sigma v``. Epsilon: ``x0 = (x - sigma eps) / alpha``. VP v = alpha eps - sigma x0:
+    Flow v = eps - x0: ``x0 = x - sigma v``; inverted, v = x0 - eps: ``x0 = x + sigma v``. Epsilon: ``x0 = (x - sigma eps) / alpha``. VP v = alpha eps - sigma x0:
     ``x0 = alpha x - sigma v``, with VE samples scaled to VP first.
 
     Args:
-        kind: ``"epsilon"``, ``"v"``, ``"sample"`` or ``"flow"``.
+        kind: one of the names that :func:`prediction_type` returns.
         output: the guided model output.
         x: the sample it was computed for.
         level: the level of ``x``.
@@ -89,6 +91,8 @@ def predict(kind: str, output: Tensor, x: Tensor, level: Level) -> Tensor:
         return output
     if kind == "flow":
         return x - level.sigma * output
+    if kind == "inverted flow":
+        return x + level.sigma * output
     if kind == "epsilon":
         return (x - level.sigma * output) / level.alpha
     scale = math.hypot(level.alpha, level.sigma)

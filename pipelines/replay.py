@@ -200,13 +200,21 @@ class Replay:
 
     Args:
         pipe: any diffusers pipeline whose ``__call__`` loops over ``scheduler.step``.
-        call: keyword arguments of a call (one prompt) for the dry run, without generator and number of images.
+        call: keyword arguments of a call that hold for all rows, without generator and number of images.
+        example: keyword arguments that hold for one prompt, for the dry runs.
+
+    Attributes:
+        schedule: the loop's stages and what they cost.
+        number: the argument that sets images or videos a prompt, or ``None`` where the call does not honour it: some
+            pipelines take it and set it to 1, so their batch is made by repeating the prompt.
+        together: whether rows of a batch leave each other alone. Some image-conditioned pipelines refuse batches, or
+            draw what all rows share from the first row's generator: there, rows have to run one by one.
 
     Raises:
         ValueError: the pipeline has no scheduler, or its call makes no step.
     """
 
-    def __init__(self, pipe: Any, call: Mapping[str, Any]) -> None:
+    def __init__(self, pipe: Any, call: Mapping[str, Any], example: Mapping[str, Any]) -> None:
         self.pipe = pipe
         components = pipe.components
         self.modules = {k: m for k, m in components.items() if isinstance(m, nn.Module)}
@@ -221,8 +229,17 @@ class Replay:
         self.prompts = PromptCache()
         self.outputs: dict[str, tuple[int, Any]] = {}  # module -> rows and shapes of a real output
         self.schedule: Schedule | None = None
-        self.schedule = self._dry_run(call)
-        self.number = self._number(call)
+        first, second = (torch.Generator().manual_seed(seed).get_state() for seed in range(2))
+        alone = self._dry_run({**call, **example}, [second])
+        self.schedule = _schedule(alone)
+        number = next((n for n in COUNTS if n in self.parameters), None)
+        repeated = {k: batch([v, v]) for k, v in example.items() if v is not None}
+        ways = [(number, {**example, number: 2})] if number else []
+        self.number, self.together = number, False
+        for name, rows in [*ways, (None, repeated)]:
+            if self._independent({**call, **rows}, [first, second], alone):
+                self.number, self.together = name, True
+                break
 
     def run(self, call: Mapping[str, Any], rng_start: Sequence[Tensor], **options: Any) -> _Run:
         """One call of the pipeline, or the part of it between two clocks; see :class:`_Run` for the options."""
@@ -230,50 +247,50 @@ class Replay:
         run.execute(dict(call))
         return run
 
-    def _dry_run(self, call: Mapping[str, Any]) -> Schedule:
-        call = dict(call)
+    def _dry_run(self, call: Mapping[str, Any], rng_start: Sequence[Tensor]) -> _Run:
         if "output_type" in self.parameters:
-            call["output_type"] = "latent"
-        start = [torch.Generator().manual_seed(0).get_state()]
+            call = {**call, "output_type": "latent"}
         try:
-            run = self.run(call, start, dry=True, callbacks=False)
+            return self.run(call, rng_start, dry=True, callbacks=False)
         except Exception:
             # a denoiser whose output is not shaped like its input: let each run once and copy the shapes
-            run = self.run(call, start, dry=True, observe=True, callbacks=False)
-        if not run.slots:
-            raise ValueError(f"{type(self.pipe).__name__} made no call of scheduler.step; check num_inference_steps")
-        if run.rescheduled:
-            raise ValueError(
-                f"{type(self.pipe).__name__} sets its timesteps anew inside its loop (chunks of a video); "
-                "replay cannot resume in later chunks: draw whole samples instead"
-            )
-        order = getattr(run.owners[0], "order", 1)
-        passes = _passes(run.slots)
-        ends = passes[order - 1 :: order]
-        ends = [0, *ends] if ends and ends[-1] == passes[-1] else [0, *ends, passes[-1]]
-        return Schedule(
-            slots=tuple(run.slots),
-            ends=tuple(ends),
-            model_rows=tuple(run.model_rows.get(c, 0) for c in range(len(run.slots))),
-            levels=tuple(run.levels),
-            first_index=tuple(run.first_index),
-            order=order,
-        )
+            return self.run(call, rng_start, dry=True, observe=True, callbacks=False)
 
-    def _number(self, call: Mapping[str, Any]) -> str | None:
-        """The argument that sets images or videos a prompt, or ``None`` where the call does not honour it.
-
-        Some pipelines take the argument and set it to 1; their batch is made by repeating the prompt.
-        """
-        name = next((n for n in COUNTS if n in self.parameters), None)
-        if name is None:
-            return None
-        start = [torch.Generator().manual_seed(0).get_state()] * 2
+    def _independent(self, call: Mapping[str, Any], rng_start: Sequence[Tensor], alone: _Run) -> bool:
+        """Whether the second of two rows draws as it does alone."""
         try:
-            run = self.run({**call, name: 2}, start, stop=0, callbacks=False)
-        except Exception:  # whatever a pipeline says when its batch is not what its generators are
-            return None
-        return name if run.drawn is None or run.drawn.shape[0] % 2 == 0 else None
+            run = self._dry_run(call, rng_start)
+        except Exception:  # pipelines that cannot take a batch fail in many ways
+            return False
+        noise = alone.drawn is None or torch.equal(run.drawn[1:], alone.drawn)
+        return noise and torch.equal(run.rng[1], alone.rng[0])
+
+
+def batch(values: Sequence[Any]) -> Any:
+    """Arguments of single prompts as the argument of a call for all of them."""
+    return torch.cat(list(values)) if torch.is_tensor(values[0]) else list(values)
+
+
+def _schedule(run: _Run) -> Schedule:
+    name = type(run.replay.pipe).__name__
+    if not run.slots:
+        raise ValueError(f"{name} made no call of scheduler.step; check num_inference_steps")
+    if run.rescheduled:
+        raise ValueError(
+            f"{name} sets its timesteps anew inside its loop (chunks of a video); "
+            "replay cannot resume in later chunks: draw whole samples instead"
+        )
+    order = getattr(run.owners[0], "order", 1)
+    passes = _passes(run.slots)
+    ends = passes[order - 1 :: order]
+    return Schedule(
+        slots=tuple(run.slots),
+        ends=(0, *ends) if ends and ends[-1] == passes[-1] else (0, *ends, passes[-1]),
+        model_rows=tuple(run.model_rows.get(c, 0) for c in range(len(run.slots))),
+        levels=tuple(run.levels),
+        first_index=tuple(run.first_index),
+        order=order,
+    )
 
 
 def _passes(slots: Sequence[int]) -> list[int]:
@@ -619,7 +636,7 @@ class _Run:
                 if value.shape[:1] != (self.rows,):
                     raise ValueError(
                         f"{type(owner).__name__}.step gave {name} of shape {tuple(value.shape)} for {self.rows} rows; "
-                        "rows must lie along the first axis: run candidates one at a time"
+                        "pipelines whose loop does not keep one sample a row cannot be replayed"
                     )
                 tensors[f"out.{slot}.{name}"] = value.detach()
             if over:

@@ -78,13 +78,14 @@ def test_sde_without_noise_is_the_ode_and_ends_clean():
     torch.testing.assert_close(flow.sde_step(x, x0, z, Level(0.9, 0.1), Level(1.0, 0.0), a=0.7), x0)
 
 
-def test_eta_step_is_the_flow_euler_step():
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+@pytest.mark.parametrize("inverted", [False, True])
+def test_eta_step_is_the_flow_euler_step(inverted):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, invert_sigmas=inverted)
     scheduler.set_timesteps(7)
     levels = flow.noise_levels(scheduler)
     x, v = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
     for i, t in enumerate(scheduler.timesteps):
-        x0 = flow.predict("flow", v, x, levels[i])
+        x0 = flow.predict("inverted flow" if inverted else "flow", v, x, levels[i])
         mine = flow.eta_step(x, x0, torch.zeros_like(x), levels[i], levels[i + 1], eta=0.0)
         x = scheduler.step(v, t, x).prev_sample
         torch.testing.assert_close(mine, x)
