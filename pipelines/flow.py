@@ -78,8 +78,9 @@ def prediction_type(scheduler: Any) -> str:
 def predict(kind: str, output: Tensor, x: Tensor, level: Level) -> Tensor:
     """x0 estimate from a model output; all shapes (B, ...), float.
 
-    Flow v = eps - x0: ``x0 = x - sigma v``; inverted, v = x0 - eps: ``x0 = x + sigma v``. Epsilon: ``x0 = (x - sigma eps) / alpha``. VP v = alpha eps - sigma x0:
-    ``x0 = alpha x - sigma v``, with VE samples scaled to VP first.
+    Flow v = eps - x0: ``x0 = x - sigma v``; inverted, v = x0 - eps: ``x0 = x + sigma v``. Epsilon:
+    ``x0 = (x - sigma eps) / alpha``. VP v = alpha eps - sigma x0: ``x0 = alpha x - sigma v``, with VE samples scaled
+    to VP first.
 
     Args:
         kind: one of the names that :func:`prediction_type` returns.

@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from tiny import PIPELINES, build
+from tiny import OTHERS, PIPELINES, build
 
 from visearch.pipelines import flow
 from visearch.pipelines.diffusion import DiffusionSampler
@@ -88,6 +88,37 @@ def test_saved_rows_resume_in_another_sampler(name, tmp_path):
             fresh.advance(Population.load(tmp_path), 6) if stage < 6 else fresh.decode(Population.load(tmp_path))
         fresh.request = request()
         assert torch.equal(finish(fresh, Population.load(tmp_path)), expected)
+
+
+IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+OTHER_CALLS = {
+    "wan": {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 5},
+    "pixart": {**CALL, "use_resolution_binning": False, "clean_caption": False},
+    "img2img": {"image": IMAGE, "strength": 0.7, "num_inference_steps": 6},
+    "controlnet": {"image": IMAGE, "num_inference_steps": 4},
+    "controlnet-inpaint": {
+        "image": IMAGE, "mask_image": (IMAGE[:, :1] > 0.5).float(), "control_image": IMAGE, "num_inference_steps": 4
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_loops(name):
+    pipe, call = build(name), OTHER_CALLS[name]
+    sampler = DiffusionSampler(pipe, call)
+    assert sampler.replay.together == (name != "controlnet-inpaint")
+    rows = start(sampler, 1)
+    for stage in range(1, sampler.num_stages + 1):
+        rows = sampler.advance(rows, stage)
+    expected = pipe(PROMPT, generator=torch.Generator().manual_seed(7), **call)
+    field = "frames" if name == "wan" else "images"
+    assert np.array_equal(np.asarray(getattr(sampler.output(rows), field)), np.asarray(getattr(expected, field)))
+    full = finish(sampler, start(sampler, 3))
+    assert full.shape[:2] == ((3, 5) if name == "wan" else (3, 3))
+    live = sampler.advance(start(sampler, 3), 2).select([2, 0])
+    torch.testing.assert_close(finish(sampler, live), full[[2, 0]], **CLOSE)
+    alone = [finish(sampler, sampler.init(request(), [seed])) for seed in request().seeds(0, 3)]
+    torch.testing.assert_close(torch.cat(alone), full, **CLOSE)
 
 
 SCHEDULERS = {

@@ -8,18 +8,29 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     CogView4Pipeline,
     CogView4Transformer2DModel,
+    ControlNetModel,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
@@ -142,6 +153,50 @@ def cogview4() -> CogView4Pipeline:
     )  # fmt: skip
 
 
+def wan() -> WanPipeline:
+    """Video, two denoisers in turn, multistep."""
+    transformers = [
+        WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
+            text_dim=32, freq_dim=64, ffn_dim=32, num_layers=1, cross_attn_norm=True, rope_max_seq_len=32,
+            qk_norm="rms_norm_across_heads",
+        ).eval()
+        for _ in range(2)
+    ]  # fmt: skip
+    decoder = AutoencoderKLWan(
+        base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    return WanPipeline(
+        tokenizer=word_tokenizer(), text_encoder=t5(), vae=decoder.eval(), transformer=transformers[0],
+        transformer_2=transformers[1], boundary_ratio=0.9,
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )  # fmt: skip
+
+
+def pixart() -> PixArtSigmaPipeline:
+    """A denoiser that also predicts variances, which the pipeline drops."""
+    transformer = PixArtTransformer2DModel(
+        sample_size=16, num_layers=1, patch_size=2, attention_head_dim=8, num_attention_heads=4, caption_channels=32,
+        in_channels=4, cross_attention_dim=32, out_channels=8, norm_type="ada_norm_single", num_embeds_ada_norm=1000,
+    ).eval()  # fmt: skip
+    return PixArtSigmaPipeline(
+        tokenizer=word_tokenizer(), text_encoder=t5(), vae=vae(), scheduler=DPMSolverMultistepScheduler(),
+        transformer=transformer,
+    )  # fmt: skip
+
+
+def from_stable_diffusion(kind: type, **parts: Any) -> Any:
+    base = stable_diffusion()
+    names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+    none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    made = {k: getattr(base, k) for k in names} | {k: make(base.unet) for k, make in parts.items()}
+    return kind(**made, **none)
+
+
+def controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
+    return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16)).eval()
+
+
 PIPELINES: dict[str, Callable[[], Any]] = {
     "sd": stable_diffusion,
     "sdxl": stable_diffusion_xl,
@@ -151,10 +206,22 @@ PIPELINES: dict[str, Callable[[], Any]] = {
 }
 
 
+# Other shapes of loop; "controlnet-inpaint" draws what all rows share from the first row's generator.
+OTHERS: dict[str, Callable[[], Any]] = {
+    "wan": wan,
+    "pixart": pixart,
+    "img2img": lambda: from_stable_diffusion(StableDiffusionImg2ImgPipeline),
+    "controlnet": lambda: from_stable_diffusion(StableDiffusionControlNetPipeline, controlnet=controlnet),
+    "controlnet-inpaint": lambda: from_stable_diffusion(
+        StableDiffusionControlNetInpaintPipeline, controlnet=controlnet
+    ),
+}
+
+
 def build(name: str, scheduler: Any = None) -> Any:
     """A tiny pipeline by name, its progress bar off, the same weights every time."""
     torch.manual_seed(0)
-    pipe = PIPELINES[name]()
+    pipe = (PIPELINES | OTHERS)[name]()
     if scheduler is not None:
         pipe.scheduler = scheduler
     pipe.set_progress_bar_config(disable=True)
