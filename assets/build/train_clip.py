@@ -42,7 +42,7 @@ SEED = 5
 CONTEXT = 16  # tokens; the longest caption has 12 words, plus the two ends
 HARD_NEGATIVES = 2
 # How often a task is drawn: order of words and counts are learnt last.
-WEIGHTS = dict(zip(scenes.TAGS, (0.6, 0.6, 1.5, 0.6, 2.2, 1.8), strict=True))
+WEIGHTS = dict(zip(scenes.TAGS, (0.6, 0.6, 1.5, 0.6, 3.0, 1.8), strict=True))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
