@@ -4,8 +4,10 @@
     python assets/build/train_generator.py --work WORK --until 14:45 --out assets/emoji-64/pipeline
 
 Flow matching in the convention of FlowMatchEulerDiscreteScheduler: x_s = (1 - s) x + s e, the model is told 1000 s and
-predicts e - x (arXiv 2210.02747, 2403.03206). The text encoder is trained along. Training runs against the clock; a
-killed run resumes, and every ten minutes the averaged weights are saved to WORK/pipeline.
+predicts e - x (arXiv 2210.02747, 2403.03206). The text encoder is trained along. As representation alignment (arXiv
+2410.06940) does with a pretrained encoder, a linear head on a middle block, dropped afterwards, has to name what covers
+each latent token: class, colour and box, which the composed scenes know. Training runs against the clock; a killed run
+resumes, and every ten minutes the averaged weights are saved to WORK/pipeline.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from unittest import mock
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, CogView4Pipeline, CogView4Transformer2DModel, FlowMatchEulerDiscreteScheduler
-from scene_cache import load_or_compose
+from scene_cache import NATURAL, SceneCache, load_or_compose
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
@@ -31,7 +33,9 @@ from transformers import GlmConfig, GlmModel, PreTrainedTokenizerFast
 from visearch.assets import scenes
 
 fused_attention = functional.scaled_dot_product_attention
-SEED, BATCH, RATE, EMA, UNCONDITIONAL = 2, 64, 1e-3, 0.999, 0.1
+SEED, BATCH, EMA, UNCONDITIONAL = 2, 64, 0.997, 0.1
+MUON_RATE, ADAM_RATE = 2.5e-3, 1e-3
+ALIGNMENT, ALIGNED_BLOCK = 0.25, 2
 TEXT_LENGTH = 16  # the pipeline pads to multiples of 16; no caption is longer
 # relations and attributes are the hardest to learn
 TAG_WEIGHTS = {
@@ -109,11 +113,18 @@ class Velocity(nn.Module):
     def __init__(self, pipeline: CogView4Pipeline):
         super().__init__()
         self.text_encoder, self.transformer = pipeline.text_encoder, pipeline.transformer
+        self.features: Tensor | None = None  # (B, 64, 256): image tokens after the middle block of the last forward
+
+    def _keep(self, block: nn.Module, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
+        self.features = outputs[0]
 
     def forward(self, x: Tensor, level: Tensor, ids: Tensor) -> Tensor:
         text = self.text_encoder(ids, output_hidden_states=True, use_cache=False).hidden_states[-2]
         size = torch.full((len(x), 2), float(scenes.SIZE))
-        return self.transformer(x, text, 1000 * level, size, size, torch.zeros_like(size), return_dict=False)[0]
+        hook = self.transformer.transformer_blocks[ALIGNED_BLOCK].register_forward_hook(self._keep)
+        velocity = self.transformer(x, text, 1000 * level, size, size, torch.zeros_like(size), return_dict=False)[0]
+        hook.remove()
+        return velocity
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
@@ -122,6 +133,39 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, **options) -> Ten
         return fused_attention(query, key, value, **options)
     weights = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5
     return weights.softmax(-1).to(value.dtype) @ value
+
+
+def layout_targets(cache: SceneCache) -> tuple[Tensor, Tensor, Tensor]:
+    """What covers the centre of each of the 64 latent tokens of N scenes, the sprite painted last winning.
+
+    Returns: classes (N, 64) uint8, ``len(CLASSES)`` for background; colours (N, 64) uint8; box corners relative to the
+    token's centre (N, 64, 4) float16, in units of 16 pixels, 0 for background.
+    """
+    count = len(cache.metadata)
+    classes = np.full((count, 64), len(scenes.CLASSES), np.uint8)
+    colours = np.full((count, 64), NATURAL, np.uint8)
+    corners = np.zeros((count, 64, 4), np.float16)
+    grid = np.arange(4, scenes.SIZE, 8, dtype=np.float32)
+    centre = np.tile(np.stack(np.meshgrid(grid, grid, indexing="xy"), -1).reshape(64, 2), 2)  # (64, 4): x, y, x, y
+    for slot in range(cache.boxes.shape[1]):
+        offset = cache.boxes[:, slot, None] - centre
+        inside = (offset[..., :2] <= 0).all(-1) & (offset[..., 2:] > 0).all(-1) & (cache.classes[:, slot, None] >= 0)
+        classes = np.where(inside, cache.classes[:, slot, None], classes).astype(np.uint8)
+        colours = np.where(inside, cache.colours[:, slot, None], colours).astype(np.uint8)
+        corners[inside] = offset[inside] / 16
+    return torch.from_numpy(classes), torch.from_numpy(colours), torch.from_numpy(corners)
+
+
+def alignment_loss(head: nn.Linear, features: Tensor, classes: Tensor, colours: Tensor, corners: Tensor) -> Tensor:
+    """Cross-entropies of class and colour and L1 of the corners; colours and corners count on sprites only."""
+    output = head(features.float())
+    split = output.split([len(scenes.CLASSES) + 1, NATURAL + 1, 4], dim=-1)
+    sprite = classes < len(scenes.CLASSES)
+    return (
+        functional.cross_entropy(split[0].flatten(0, 1), classes.long().flatten())
+        + 0.5 * functional.cross_entropy(split[1][sprite], colours[sprite].long())
+        + functional.l1_loss(split[2][sprite], corners[sprite].float())
+    )
 
 
 def flow_loss(model: Velocity, x: Tensor, noise: Tensor, level: Tensor, ids: Tensor) -> Tensor:
@@ -133,19 +177,19 @@ def flow_loss(model: Velocity, x: Tensor, noise: Tensor, level: Tensor, ids: Ten
     return (velocity.float() - (noise - x)).square().flatten(1).mean(1)
 
 
-def optimizers(model: Velocity, rate: float) -> list[torch.optim.Optimizer]:
+def optimizers(model: Velocity, head: nn.Linear) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the transformer's blocks, AdamW for everything else."""
     matrices = [p for n, p in model.named_parameters() if "transformer_blocks" in n and p.ndim == 2]
     chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
+    others = [p for p in (*model.parameters(), *head.parameters()) if id(p) not in chosen]
     return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=0.01),
+        torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.99), weight_decay=0.01),
     ]
 
 
 def save_pipeline(pipeline: CogView4Pipeline, folder: Path) -> None:
-    """Write fp16 safetensors that load as float32; the weights of ``pipeline`` itself are left as they are."""
+    """Write fp16 safetensors that load as float32; ``pipeline`` itself keeps its precision."""
     half = copy.deepcopy(pipeline)
     half.to(dtype=torch.float16)
     half.save_pretrained(folder)
@@ -163,12 +207,16 @@ def train(pipeline: CogView4Pipeline, work: Path, deadline: float) -> None:
     weights /= weights.sum()
 
     model = Velocity(pipeline)
-    average = copy.deepcopy(model).requires_grad_(False)
-    steppers = optimizers(model, RATE)
+    head = nn.Linear(256, len(scenes.CLASSES) + NATURAL + 6)
+    averaged = copy.deepcopy(pipeline)
+    average = Velocity(averaged).requires_grad_(False)
+    steppers = optimizers(model, head)
+    layout = layout_targets(cache)
     saved, spent, step = work / "generator.ckpt", 0.0, 0
     if saved.exists():
         state = torch.load(saved, weights_only=True)
         model.load_state_dict(state["model"])
+        head.load_state_dict(state["head"])
         average.load_state_dict(state["average"])
         for stepper, content in zip(steppers, state["optimizers"], strict=True):
             stepper.load_state_dict(content)
@@ -179,14 +227,15 @@ def train(pipeline: CogView4Pipeline, work: Path, deadline: float) -> None:
     fixed = torch.Generator().manual_seed(SEED)
     fixed_noise = torch.randn(latents[held_out].shape, generator=fixed)
     fixed_level = (torch.arange(VALIDATION) + 0.5) / VALIDATION
-    losses: list[float] = []
+    losses: list[tuple[float, float]] = []
     while True:
         spent = time.time() - begin
         progress = spent / total
-        for stepper in steppers:
+        # warm up, hold, decay linearly to zero over the last 40 %
+        factor = min(1.0, (step + 1) / 200) * min(1.0, max(0.0, (1 - progress) / 0.4) + 0.005)
+        for stepper, rate in zip(steppers, (MUON_RATE, ADAM_RATE), strict=True):
             for group in stepper.param_groups:
-                # warm up, hold, decay linearly to zero over the last 40 %
-                group["lr"] = RATE * min(1.0, (step + 1) / 300) * min(1.0, max(0.0, (1 - progress) / 0.4) + 0.005)
+                group["lr"] = rate * factor
         rng = np.random.default_rng((SEED, step))
         rows = torch.from_numpy(rng.choice(len(weights), BATCH, p=weights))
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
@@ -195,22 +244,24 @@ def train(pipeline: CogView4Pipeline, work: Path, deadline: float) -> None:
         level = torch.sigmoid(torch.randn(BATCH, generator=generator) + 0.2)  # logit-normal (arXiv 2403.03206)
         text = torch.where(torch.rand(BATCH, 1, generator=generator) < UNCONDITIONAL, empty, ids[rows])
         loss = flow_loss(model, x, noise, level, text).mean()
+        aligned = alignment_loss(head, model.features, *(target[rows] for target in layout))
         for stepper in steppers:
             stepper.zero_grad()
-        loss.backward()
+        (loss + ALIGNMENT * aligned).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for stepper in steppers:
             stepper.step()
         step += 1
-        losses.append(loss.item())
+        losses.append((loss.item(), aligned.item()))
         with torch.no_grad():
             decay = min(EMA, (1 + step) / (10 + step))
             for target, source in zip(average.parameters(), model.parameters(), strict=True):
                 target.lerp_(source, 1 - decay)
         finished = time.time() >= deadline
         if step % 100 == 0:
-            loss_mean = round(float(np.mean(losses[-100:])), 5)
-            row = {"step": step, "images": step * BATCH, "seconds": round(spent), "loss": loss_mean}
+            recent = np.mean(losses[-100:], axis=0)
+            row = {"step": step, "images": step * BATCH, "seconds": round(spent), "loss": round(float(recent[0]), 5)}
+            row["alignment"] = round(float(recent[1]), 4)
             if step % 500 == 0:
                 with torch.no_grad():
                     values = flow_loss(average, latents[held_out].float(), fixed_noise, fixed_level, ids[held_out])
@@ -220,6 +271,7 @@ def train(pipeline: CogView4Pipeline, work: Path, deadline: float) -> None:
         if spent - last_saved > 180 or finished:
             state = {
                 "model": model.state_dict(),
+                "head": head.state_dict(),
                 "average": average.state_dict(),
                 "optimizers": [stepper.state_dict() for stepper in steppers],
                 "spent": spent,
@@ -229,10 +281,7 @@ def train(pipeline: CogView4Pipeline, work: Path, deadline: float) -> None:
             saved.with_suffix(".tmp").replace(saved)
             last_saved = spent
         if spent - last_exported > 600 or finished:
-            kept = copy.deepcopy(model.state_dict())
-            model.load_state_dict(average.state_dict())
-            save_pipeline(pipeline, work / "pipeline")
-            model.load_state_dict(kept)
+            save_pipeline(averaged, work / "pipeline")
             last_exported = spent
         if finished:
             break
