@@ -19,6 +19,7 @@ import functools
 import inspect
 import time
 import types
+import warnings
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -223,6 +224,13 @@ class Replay:
             raise ValueError(
                 f"{type(pipe).__name__} has no scheduler with step and set_timesteps; it cannot be replayed"
             )
+        self.guiders = {k: c for k, c in components.items() if hasattr(c, "momentum_buffer")}
+        if any(getattr(m, "is_cache_enabled", False) for m in self.modules.values()):
+            warnings.warn(
+                "a step cache is enabled: it decides for all rows of a batch at once and starts cold when a row is "
+                "resumed, so results depend on the search's path; call disable_cache() for exact replay",
+                stacklevel=3,
+            )
         self.parameters = inspect.signature(type(pipe).__call__).parameters
         names = inspect.unwrap(type(pipe).__call__).__code__.co_names
         self.has_bar = "progress_bar" in names
@@ -343,7 +351,7 @@ class _Run:
         self.rows = len(rng_start)
         self.generators = [torch.Generator(device) for _ in rng_start]
         for generator, start in zip(self.generators, rng_start, strict=True):
-            generator.set_state(start.clone())  # torch crashes on a view that does not begin its storage
+            generator.set_state(start.cpu().clone())  # torch crashes on a view that does not begin its storage
         self.begin = 0 if state is None else int(state.fields["clock"])
         self.noise = None if state is None or self.begin else state.tensors.get("noise")
 
@@ -377,8 +385,8 @@ class _Run:
             stack.callback(pipe.maybe_free_model_hooks)
             # offload hooks are renewed by that call, also inside the pipeline's own code
             stack.enter_context(_unchanged(pipe, but=("_all_hooks", "_offload")))
-            for scheduler in self.replay.schedulers:
-                stack.enter_context(_unchanged(scheduler))
+            for changing in (*self.replay.schedulers, *self.replay.guiders.values()):
+                stack.enter_context(_unchanged(changing))
             for shadow in self._shadows():
                 stack.enter_context(_attribute(shadow.owner, shadow.name, shadow))
             stack.enter_context(self._prepared_noise())
@@ -437,7 +445,7 @@ class _Run:
 
     def _set_streams(self) -> None:
         for generator, state in zip(self.generators, self.rng, strict=True):
-            generator.set_state(state.clone())
+            generator.set_state(state.cpu().clone())
 
     # --- noise ---
 
@@ -616,9 +624,13 @@ class _Run:
         return {name: self.state.tensors[f"out.{slot}.{name}"].clone() for name in names}
 
     def _resume(self) -> None:
-        """Put saved fields and streams in, before the loop's next ``scale_model_input`` reads them."""
+        """Put fields, guidance momentum and streams in, before the loop's next ``scale_model_input`` reads them."""
         for slot, fields in self.state.fields.get("schedulers", {}).items():
             vars(self.owners[int(slot)]).update({k: _unpack(v, self.state.tensors) for k, v in fields.items()})
+        for name, guider in self.replay.guiders.items():
+            if guider.momentum_buffer is not None:
+                average = self.state.tensors.get(f"guider.{name}")
+                guider.momentum_buffer.running_average = 0 if average is None else average.clone()
         if self.rng is not None:
             self._set_streams()
 
@@ -654,5 +666,9 @@ class _Run:
             }
         if not over:
             fields["schedulers"] = schedulers
+            for name, guider in self.replay.guiders.items():
+                average = getattr(guider.momentum_buffer, "running_average", None)
+                if torch.is_tensor(average):
+                    tensors[f"guider.{name}"] = average.detach()
         tensors["rng_start"] = torch.stack(list(self.rng_start))
         return RowState(tensors, dict.fromkeys(tensors, 0) | axes, fields)

@@ -301,7 +301,8 @@ def test_step_caches_are_reset_after_an_abort():
         pipe(PROMPT, generator=torch.Generator().manual_seed(7), output_type="pt", **CALL).images for _ in range(2)
     )
     assert torch.equal(plain, again)
-    sampler = DiffusionSampler(pipe, CALL)
+    with pytest.warns(UserWarning, match="step cache"):
+        sampler = DiffusionSampler(pipe, CALL)
     sampler.advance(sampler.init(request(), request().seeds(0, 3)), 2)
     again = pipe(PROMPT, generator=torch.Generator().manual_seed(7), output_type="pt", **CALL).images
     assert torch.equal(again, plain)
