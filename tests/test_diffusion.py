@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from tiny import OTHERS, PIPELINES, build
+from tiny import OTHERS, PIPELINES, build, hunyuan_embeds
 
 from visearch.pipelines import flow
 from visearch.pipelines.diffusion import DiffusionSampler
@@ -22,8 +22,8 @@ ALL = list(PIPELINES)
 CLOSE = {"atol": 1e-4, "rtol": 0}
 
 
-def request(*prompts: str, **options: Any) -> Request:
-    return Request(prompts=prompts or (PROMPT,), seed=7, **options)
+def request(*texts: str, **options: Any) -> Request:
+    return Request(**{"prompts": texts or (PROMPT,), "seed": 7, **options})
 
 
 def start(sampler: DiffusionSampler, candidates: int, *prompts: str, **options: Any) -> Population:
@@ -94,6 +94,7 @@ IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 OTHER_CALLS = {
     "wan": {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 5},
     "pixart": {**CALL, "use_resolution_binning": False, "clean_caption": False},
+    "hunyuan-image": {"height": 16, "width": 16, "num_inference_steps": 5},
     "img2img": {"image": IMAGE, "strength": 0.7, "num_inference_steps": 6},
     "controlnet": {"image": IMAGE, "num_inference_steps": 4},
     "controlnet-inpaint": {
@@ -105,20 +106,31 @@ OTHER_CALLS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_loops(name):
     pipe, call = build(name), OTHER_CALLS[name]
-    sampler = DiffusionSampler(pipe, call)
+    prompt = hunyuan_embeds() if name == "hunyuan-image" else {"prompt": PROMPT}
+    own = request(**prompt_of(prompt))
+    sampler = DiffusionSampler(pipe, call, example={"prompt": None, **prompt})
     assert sampler.replay.together == (name != "controlnet-inpaint")
-    rows = start(sampler, 1)
+
+    rows = sampler.init(own, own.seeds(0, 1))
     for stage in range(1, sampler.num_stages + 1):
         rows = sampler.advance(rows, stage)
-    expected = pipe(PROMPT, generator=torch.Generator().manual_seed(7), **call)
+    expected = pipe(**prompt, generator=torch.Generator().manual_seed(7), **call)
     field = "frames" if name == "wan" else "images"
     assert np.array_equal(np.asarray(getattr(sampler.output(rows), field)), np.asarray(getattr(expected, field)))
-    full = finish(sampler, start(sampler, 3))
+
+    full = finish(sampler, sampler.init(own, own.seeds(0, 3)))
     assert full.shape[:2] == ((3, 5) if name == "wan" else (3, 3))
-    live = sampler.advance(start(sampler, 3), 2).select([2, 0])
-    torch.testing.assert_close(finish(sampler, live), full[[2, 0]], **CLOSE)
-    alone = [finish(sampler, sampler.init(request(), [seed])) for seed in request().seeds(0, 3)]
+    live = sampler.advance(sampler.init(own, own.seeds(0, 3)), 2).select([2, 0])
+    torch.testing.assert_close(finish(sampler, live, 3), full[[2, 0]], **CLOSE)
+    alone = [finish(sampler, sampler.init(own, [seed])) for seed in own.seeds(0, 3)]
     torch.testing.assert_close(torch.cat(alone), full, **CLOSE)
+
+
+def prompt_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a request for the arguments of one prompt."""
+    if "prompt" in arguments:
+        return {}
+    return {"prompts": (None,), "reward_prompts": (PROMPT,), "per_prompt": {k: (v,) for k, v in arguments.items()}}
 
 
 SCHEDULERS = {

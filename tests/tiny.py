@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AdaptiveProjectedMixGuidance,
     AutoencoderKL,
+    AutoencoderKLHunyuanImage,
     AutoencoderKLWan,
     CogView4Pipeline,
     CogView4Transformer2DModel,
@@ -18,6 +20,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanImagePipeline,
+    HunyuanImageTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
@@ -185,6 +189,33 @@ def pixart() -> PixArtSigmaPipeline:
     )  # fmt: skip
 
 
+def hunyuan_image() -> HunyuanImagePipeline:
+    """Guidance with momentum; no text encoder: give it :func:`hunyuan_embeds`."""
+    transformer = HunyuanImageTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=4, attention_head_dim=8, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, patch_size=(1, 1), text_embed_dim=32, text_embed_2_dim=32, rope_axes_dim=(4, 4),
+    ).eval()  # fmt: skip
+    decoder = AutoencoderKLHunyuanImage(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 64), layers_per_block=1,
+        scaling_factor=0.5, spatial_compression_ratio=2, sample_size=32,
+    ).eval()  # fmt: skip
+    return HunyuanImagePipeline(
+        transformer=transformer, vae=decoder, scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        guider=AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=1),
+        text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
+    )  # fmt: skip
+
+
+def hunyuan_embeds() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    made = {}
+    for sign in ("", "negative_"):
+        for end in ("", "_2"):
+            made[f"{sign}prompt_embeds{end}"] = torch.randn(1, 6, 32, generator=generator)
+            made[f"{sign}prompt_embeds_mask{end}"] = torch.ones(1, 6, dtype=torch.int64)
+    return made
+
+
 def from_stable_diffusion(kind: type, **parts: Any) -> Any:
     base = stable_diffusion()
     names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
@@ -210,6 +241,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
 OTHERS: dict[str, Callable[[], Any]] = {
     "wan": wan,
     "pixart": pixart,
+    "hunyuan-image": hunyuan_image,
     "img2img": lambda: from_stable_diffusion(StableDiffusionImg2ImgPipeline),
     "controlnet": lambda: from_stable_diffusion(StableDiffusionControlNetPipeline, controlnet=controlnet),
     "controlnet-inpaint": lambda: from_stable_diffusion(
