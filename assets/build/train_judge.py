@@ -71,7 +71,7 @@ def make_targets(cache: SceneCache, rows: np.ndarray, stride: int) -> Targets:
     return Targets(sample, cell[:, 1].long(), cell[:, 0].long(), classes[sample, slot], colours, box, extent)
 
 
-def attribute_loss(maps: Maps, targets: Targets, spread: int) -> Tensor:
+def attribute_loss(maps: Maps, targets: Targets, spread: int, colour_weight: float = 1.0) -> Tensor:
     """L1 of the boxes at the centre cells, and cross-entropy of the colours there and up to `spread` cells away."""
     at = (targets.sample, slice(None), targets.row, targets.column)
     error = (maps.box[at] - targets.box).abs()
@@ -81,7 +81,7 @@ def attribute_loss(maps: Maps, targets: Targets, spread: int) -> Tensor:
     for y, x in shifts:
         rows, columns = (targets.row + y).clamp(0, height - 1), (targets.column + x).clamp(0, width - 1)
         logits = maps.colour[targets.sample, :, rows, columns]
-        loss = loss + F.cross_entropy(logits, targets.colour) / len(shifts)
+        loss = loss + colour_weight * F.cross_entropy(logits, targets.colour) / len(shifts)
     return loss
 
 
@@ -111,7 +111,7 @@ def grid_loss(net: GridTransformer, images: Tensor, targets: Targets) -> Tensor:
     loss = F.cross_entropy(name, label, reduction="none")
     empty = label == net.classes
     named = loss[~empty].mean() + loss[empty].sum() / (~empty).sum()
-    return 2 * named + attribute_loss(Maps(name, box, colour), targets, spread=0)
+    return 2 * named + attribute_loss(Maps(name, box, colour), targets, spread=0, colour_weight=2.0)
 
 
 LOSSES = {"centernet": centernet_loss, "grid-transformer": grid_loss}
@@ -165,7 +165,7 @@ def raw_detections(net, cache: SceneCache, rows: Sequence[int], augmented: bool)
 
 
 def calibrate(net, cache: SceneCache) -> dict[str, float]:
-    """Platt scaling, sigmoid(slope * logit + bias), on validation scenes, half of them augmented."""
+    """Platt scaling, sigmoid(slope * logit + bias), on validation scenes of the six tasks, half of them augmented."""
     half = len(cache.metadata) // 2
     clean = raw_detections(net, cache, range(half), augmented=False)
     soft = raw_detections(net, cache, range(half, 2 * half), augmented=True)
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(recipe.seed)
     root = args.scratch / f"judge-{args.name}"
     train = load_or_compose(root / "train", args.scenes, recipe.seed, styles=recipe.styles, free=True)
-    held = load_or_compose(root / "held", 3000, recipe.seed + 1, styles=recipe.styles, free=True, split="validation")
+    held = load_or_compose(root / "validation", 3000, recipe.seed + 1, styles=recipe.styles, split="validation")
 
     decoded = None
     if args.vae:
@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.save({**states, "step": step, "spent": spent}, checkpoint)
 
     print(f"{sum(p.numel() for p in net.parameters())} parameters", flush=True)
-    began, saved_at, first_step = time.monotonic() - spent, spent, step
+    began, saved_at = time.monotonic() - spent, spent
     for images, targets in batches(train, decoded, net.stride, args.batch, step, recipe.seed):
         spent = time.monotonic() - began
         done = spent / (60 * args.minutes)
@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         average.update_parameters(net)
         step += 1
         if step % 100 == 0:
-            rate = (step - first_step) * args.batch / max(spent - saved_at * (first_step > 0), 1e-6)
+            rate = step * args.batch / spent
             print(f"step {step} loss {loss.item():.4f} {spent:.0f} s, {rate:.0f} images/s", flush=True)
         if spent - saved_at > 180:
             saved_at = spent
