@@ -193,9 +193,11 @@ def save_pipeline(pipeline: CogView4Pipeline, folder: Path) -> None:
     half = copy.deepcopy(pipeline)
     half.to(dtype=torch.float16)
     half.save_pretrained(folder)
-    # transformers loads in the precision that the config names, diffusers in float32: they have to agree
-    config = folder / "text_encoder" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    # transformers loads in the precision that the config names, diffusers in float32: they have to agree; and diffusers
+    # records the folder that the autoencoder came from
+    for part, changes in (("text_encoder", {"dtype": "float32"}), ("vae", {"_name_or_path": ""})):
+        config = folder / part / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), **changes}, indent=2) + "\n")
 
 
 def train(pipeline: CogView4Pipeline, work: Path, deadline: float) -> None:
