@@ -315,7 +315,7 @@ def _write(out: Path, options: argparse.Namespace, found: Found) -> bool:
 
     result, ranking = found.result, found.result.ranking
     captions = [f"{c['score']:.3f}  #{c['id']}\nseed {c['seed']}" for c in ranking]
-    title = f"{options.prompt}   —   {options.search}, {len(ranking)} candidates, {found.reward.name}"
+    title = f"{options.prompt}   |   {options.search}, {len(ranking)} candidates, {found.reward.name}"
     content = {
         "prompt": options.prompt,
         "model": options.model,

@@ -83,7 +83,7 @@ def _row(line: Mapping[str, Any], run: int, result: Any, judges: Sequence[Any]) 
 def _table(rows: Sequence[Mapping[str, Any]], judges: Sequence[Any], n: int) -> str:
     """Sampled once -> searched, by prompt and in all."""
     names = [j.name for j in judges]
-    header = ["prompt", "reward", *(f"{name} right" for name in names), "model rows", "seconds"]
+    header = ["prompt", "reward", *(f"judge {name.upper()}" for name in names), "model rows", "seconds"]
     lines = []
     prompts = list(dict.fromkeys(r["prompt"] for r in rows))
     for label in [*prompts, "all"]:
@@ -92,13 +92,15 @@ def _table(rows: Sequence[Mapping[str, Any]], judges: Sequence[Any], n: int) -> 
         cells = [label, f"{reward[0]:.2f} -> {reward[1]:.2f}"]
         for name in names:
             right = [sum(r["verdicts"][name][i] for r in mine) for i in (0, 1)]
-            cells.append(f"{right[0]} -> {right[1]} of {len(mine)}")
+            cells.append(f"{right[0]} -> {right[1]} of {len(mine)} right")
         spent = sum(r["ledger"]["nfe"] for r in mine), sum(r["ledger"]["seconds"]["total"] for r in mine)
         lines.append([*cells, f"{spent[0] // n} -> {spent[0]}", f"{spent[1]:.1f}"])
     widths = [max(len(row[i]) for row in [header, *lines]) for i in range(len(header))]
-    text = [f"\nsampled once -> best of {n}, {RUNS} seeds a prompt; the judges never guided the search\n"]
+    text = [
+        f"\nsampled once -> best of {n}, {RUNS} seeds a prompt; images right by judges that never guided the search\n"
+    ]
     text += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in [header, *lines]]
-    errors = [f"{j.name} {j.error['overall']['rate']:.1%}" for j in judges if "overall" in j.error]
+    errors = [f"{j.name.upper()} {j.error['overall']['rate']:.1%}" for j in judges if "overall" in j.error]
     text.append("\nthe judges' own error on composed scenes: " + ", ".join(errors))
     text.append("a dozen images illustrate; the measured evidence on the report prompts is in the README")
     return "\n".join(text)
@@ -122,5 +124,5 @@ def _write(
 
 def _marks(rows: Sequence[Mapping[str, Any]], prompt: str, which: int, judges: Sequence[Any]) -> str:
     first = next(r for r in rows if r["prompt"] == prompt and r["run"] == 0)
-    said = [f"{j.name[-1].upper()} {'right' if first['verdicts'][j.name][which] else 'wrong'}" for j in judges]
+    said = [f"{j.name.upper()} {'right' if first['verdicts'][j.name][which] else 'wrong'}" for j in judges]
     return ", ".join(said)

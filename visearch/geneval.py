@@ -229,11 +229,9 @@ class VerdictReward:
 
     def __init__(self, detector: Any) -> None:
         self.detector = detector
-        self.name, self.licence, self.source = detector.name, detector.licence, detector.source
+        self.name, self.licence, self.source = f"judge-{detector.name}", detector.licence, detector.source
         measured = getattr(detector, "error", {}).get("overall")
-        self.note = (
-            f"itself wrong on {measured['rate']:.1%} of composed scenes" if measured else "own error unknown"
-        )
+        self.note = f"itself wrong on {measured['rate']:.1%} of composed scenes" if measured else "own error unknown"
 
     def score(
         self,

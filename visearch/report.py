@@ -85,7 +85,7 @@ def side_by_side(rows: Sequence[tuple[str, Image.Image, str, Image.Image, str]])
     draw = ImageDraw.Draw(sheet)
     for i, (title, left, left_caption, right, right_caption) in enumerate(rows):
         x, y = gap + i * (2 * side + 8 + gap), gap + head
-        draw.text((x, gap), _shorten(draw, f"“{title}”", 2 * side, _font(20)), INK, font=_font(20))
+        draw.text((x, gap), _shorten(draw, title, 2 * side, _font(20)), INK, font=_font(20))
         pairs = ((left, left_caption, MUTED), (right, right_caption, ACCENT))
         for j, (image, caption, ink) in enumerate(pairs):
             left_edge = x + j * (side + 8)
@@ -109,6 +109,6 @@ def _fit(image: Image.Image, side: int) -> Image.Image:
 def _shorten(draw: ImageDraw.ImageDraw, text: str, width: int, font: Any) -> str:
     if draw.textlength(text, font=font) <= width:
         return text
-    while text and draw.textlength(text + "…", font=font) > width:
+    while text and draw.textlength(text + "...", font=font) > width:
         text = text[:-1]
-    return text + "…"
+    return text + "..."

@@ -135,12 +135,12 @@ def table(split: str) -> str:
         recovered = (picked - mean) / (oracle - mean) if oracle > mean else float("nan")
         error = rows[0]["errors"].get(j)
         text.append(
-            f"| {j} | {'-' if error is None else f'{error:.1%}'} | {first:.3f} | {picked:.3f} | {gain.mean:+.3f} "
+            f"| {j.upper()} | {'-' if error is None else f'{error:.1%}'} | {first:.3f} | {picked:.3f} | {gain.mean:+.3f} "
             f"[{gain.low:+.3f}, {gain.high:+.3f}] | {detectable:.3f} | {oracle:.3f} | {recovered:.0%} |"
         )
     text.append(f"| field | | {FIELD['base']} | | | | | {FIELD['recovery']} |\n")
 
-    text += ["| task | prompts | " + " | ".join(f"{j}: once, best of 8, oracle" for j in judges) + " |"]
+    text += ["| task | prompts | " + " | ".join(f"{j.upper()}: mean, best of 8, oracle" for j in judges) + " |"]
     text += ["|---|---|" + "---|" * len(judges)]
     for tag in tags:
         mine = [r for r in rows if r["tag"] == tag]
@@ -158,7 +158,7 @@ def table(split: str) -> str:
         curve = [
             overall(rows, lambda r, n=n, j=j: expected_best(r["order"], r["verdicts"][j], n)) for n in range(1, N + 1)
         ]
-        text.append(f"| {j} | " + " | ".join(f"{v:.3f}" for v in curve) + " |")
+        text.append(f"| {j.upper()} | " + " | ".join(f"{v:.3f}" for v in curve) + " |")
     curve = [np.mean([expected_best(r["order"], np.array(r["reward"]), n) for r in rows]) for n in range(1, N + 1)]
     text.append("| guided reward | " + " | ".join(f"{v:.2f}" for v in curve) + " |")
 
@@ -173,7 +173,7 @@ def table(split: str) -> str:
     )
     text.append(
         f"\nWithin a prompt, saturation correlates {np.corrcoef(saturation, reward)[0, 1]:+.2f} with the reward and "
-        f"{np.corrcoef(saturation, right)[0, 1]:+.2f} with being right ({judges[0]}); "
+        f"{np.corrcoef(saturation, right)[0, 1]:+.2f} with being right (judge {judges[0].upper()}); "
         f"{np.median([r['seconds'] for r in rows]) / N:.2f} s an image with three previews, batch of {N}."
     )
     return "\n".join(text)

@@ -97,7 +97,7 @@ def test_a_verdict_needs_the_benchmarks_wording(tmp_path, capsys):
 def test_the_demo_shows_once_and_searched_before_the_judges(tmp_path, capsys):
     assert main(["demo", "--n", "3", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "judge-a right" in shown and "own error" in shown
+    assert "judge A" in shown and "own error" in shown
     content = json.loads((tmp_path / "demo.json").read_text())
     assert len(content["rows"]) == 12
     assert all(r["reward"][1] >= r["reward"][0] for r in content["rows"])
