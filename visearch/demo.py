@@ -23,7 +23,7 @@ from visearch.wrap import BarLedger, Job
 
 __all__ = ["run_demo"]
 
-TASKS = ("counting", "colors", "position")
+TASKS = ("two_object", "counting", "color_attr")
 RUNS = 4  # independent seeds a prompt: one image proves nothing
 
 

@@ -45,7 +45,9 @@ def record(split: str, limit: int | None, names: Sequence[str]) -> None:
     done = len(load(split)) if path.exists() else 0
     pipe, reward = emoji.load(), resolve("emoji-clip")
     judges = [load_judge(name) for name in names]
-    lines = scenes.prompts(split)[:limit]
+    lines = scenes.prompts(split)
+    if limit is not None:
+        lines = lines[:: max(1, len(lines) // limit)]
     for index, line in enumerate(tqdm(lines, initial=done, total=len(lines))):
         if index < done:
             continue
@@ -134,8 +136,9 @@ def table(split: str) -> str:
         first = overall(rows, lambda r, j=j: r["verdicts"][j][0])
         recovered = (picked - mean) / (oracle - mean) if oracle > mean else float("nan")
         error = rows[0]["errors"].get(j)
+        own = "-" if error is None else f"{error:.1%}"
         text.append(
-            f"| {j.upper()} | {'-' if error is None else f'{error:.1%}'} | {first:.3f} | {picked:.3f} | {gain.mean:+.3f} "
+            f"| {j.upper()} | {own} | {first:.3f} | {picked:.3f} | {gain.mean:+.3f} "
             f"[{gain.low:+.3f}, {gain.high:+.3f}] | {detectable:.3f} | {oracle:.3f} | {recovered:.0%} |"
         )
     text.append(f"| field | | {FIELD['base']} | | | | | {FIELD['recovery']} |\n")
@@ -188,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["record", "table", "readme"])
     parser.add_argument("--split", choices=["report", "validation"], default="validation")
-    parser.add_argument("--limit", type=int, help="only the first so many prompts")
+    parser.add_argument("--limit", type=int, help="only about so many prompts, evenly spread")
     parser.add_argument("--judges", default="a,b,c", help="comma-separated (default %(default)s)")
     options = parser.parse_args()
     if options.command == "record":
