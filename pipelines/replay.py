@@ -131,6 +131,24 @@ def _rows_of(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, int]:
 # --- scheduler fields <-> RowState ------------------------------------------------------------------------------
 
 
+def _zeros(shapes: Any, seen: int, batch: Any, rows: int) -> Any:
+    """An output like one that was seen, for another number of rows: along first axes, or in lists as the batch is."""
+    listed = not torch.is_tensor(batch)
+    device = batch[0].device if listed else batch.device
+
+    def fit(value: Any, scale: bool = True) -> Any:
+        if torch.is_tensor(value):
+            shape = (value.shape[0] * rows // seen, *value.shape[1:]) if scale and value.ndim else value.shape
+            return torch.zeros(shape, dtype=value.dtype, device=device)
+        if listed and isinstance(value, list):
+            return [fit(value[0], scale=False) for _ in range(rows)]
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(fit, value))
+        return type(value)(**{k: fit(v) for k, v in value.items()}) if isinstance(value, dict) else value
+
+    return fit(shapes)
+
+
 def _pack(value: Any, name: str, rows: int, tensors: dict[str, Tensor], axes: dict[str, int | None]) -> Any:
     """JSON form of a scheduler field; its tensors move to ``tensors`` under ``name``, history by row on axis 0."""
     if torch.is_tensor(value):
@@ -512,15 +530,7 @@ class _Run:
         """Zeros in the shape of the model's output; nothing reads their values."""
         if name in self.replay.outputs:
             seen, shapes = self.replay.outputs[name]
-            like = batch if torch.is_tensor(batch) else batch[0]
-
-            def zeros(value: Any) -> Any:
-                if not torch.is_tensor(value):
-                    return value
-                shape = (value.shape[0] * rows // seen, *value.shape[1:]) if value.ndim else value.shape
-                return torch.zeros(shape, dtype=value.dtype, device=like.device)
-
-            return map_tree(zeros, shapes)
+            return _zeros(shapes, seen, batch, rows)
         config = getattr(module, "config", {})
         channels, given = config.get("out_channels"), config.get("in_channels")
         shape = list(batch.shape)

@@ -94,6 +94,7 @@ IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 OTHER_CALLS = {
     "wan": {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 5},
     "pixart": {**CALL, "use_resolution_binning": False, "clean_caption": False},
+    "z-image": {"height": 32, "width": 32, "num_inference_steps": 4, "max_sequence_length": 32},
     "hunyuan-image": {"height": 16, "width": 16, "num_inference_steps": 5},
     "img2img": {"image": IMAGE, "strength": 0.7, "num_inference_steps": 6},
     "controlnet": {"image": IMAGE, "num_inference_steps": 4},

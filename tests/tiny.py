@@ -35,6 +35,8 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
@@ -78,6 +80,12 @@ def word_tokenizer(side: str = "right") -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<bos>", padding_side=side,
         model_max_length=32,
     )  # fmt: skip
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    return tokenizer
 
 
 def t5() -> T5EncoderModel:
@@ -189,6 +197,21 @@ def pixart() -> PixArtSigmaPipeline:
     )  # fmt: skip
 
 
+def z_image() -> ZImagePipeline:
+    """A denoiser that takes and returns lists of rows."""
+    transformer = ZImageTransformer2DModel(
+        all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2,
+        n_kv_heads=2, cap_feat_dim=32, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
+    ).eval()  # fmt: skip
+    # their memory is not initialised by the class
+    torch.nn.init.ones_(transformer.x_pad_token)
+    torch.nn.init.ones_(transformer.cap_pad_token)
+    return ZImagePipeline(
+        transformer=transformer, vae=vae(), scheduler=FlowMatchEulerDiscreteScheduler(), text_encoder=t5(),
+        tokenizer=chat_tokenizer(),
+    )  # fmt: skip
+
+
 def hunyuan_image() -> HunyuanImagePipeline:
     """Guidance with momentum; no text encoder: give it :func:`hunyuan_embeds`."""
     transformer = HunyuanImageTransformer2DModel(
@@ -241,6 +264,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
 OTHERS: dict[str, Callable[[], Any]] = {
     "wan": wan,
     "pixart": pixart,
+    "z-image": z_image,
     "hunyuan-image": hunyuan_image,
     "img2img": lambda: from_stable_diffusion(StableDiffusionImg2ImgPipeline),
     "controlnet": lambda: from_stable_diffusion(StableDiffusionControlNetPipeline, controlnet=controlnet),
