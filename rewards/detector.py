@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, box_iou
 from torchvision.transforms.functional import pil_to_tensor, resize, resized_crop
 
 from visearch import assets
@@ -33,6 +33,7 @@ __all__ = ["Judge", "PrototypeJudge", "load_judge"]
 
 SIZE = 64  # side of the square that the nets see, in pixels
 LOW_SCORE = 0.05  # boxes below are not reported
+CANDIDATE = -4.6  # logits below (probability 0.01) are not looked at
 JUDGES = ("a", "b", "c")
 Images = Sequence[Image.Image] | Tensor
 Detections = dict[str, list[list[float]]]
@@ -345,20 +346,28 @@ def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
 
 
 def decode(maps: Maps, stride: int, peak_kernel: int, slope: float, bias: float, low: float = LOW_SCORE) -> Boxes:
-    """Peaks of one image's maps (no N axis): corners, scores sigmoid(slope * logit + bias), classes; best first."""
-    logits = maps.score
-    probability = (slope * logits + bias).sigmoid()
-    keep = probability >= low
+    """One image's maps (no N axis) as corners, scores sigmoid(slope * logit + bias) >= low, and classes; best first.
+
+    Boxes of one class that overlap (IoU > 0.5) are one object seen from several cells: the best box stays, with the sum
+    of their probabilities (at most 0.9999), since a cell gives the probability that the centre lies in it.
+    """
+    candidate = maps.score >= CANDIDATE
     if peak_kernel > 1:
-        keep &= logits == F.max_pool2d(logits, peak_kernel, 1, peak_kernel // 2)
-    classes, rows, columns = keep.nonzero(as_tuple=True)
+        candidate &= maps.score == F.max_pool2d(maps.score, peak_kernel, 1, peak_kernel // 2)
+    classes, rows, columns = candidate.nonzero(as_tuple=True)
     offset_x, offset_y, log_width, log_height = maps.box[:, rows, columns]
     centre_x, centre_y = (columns + offset_x) * stride, (rows + offset_y) * stride
     half_width, half_height = SIZE / 2 * log_width.exp(), SIZE / 2 * log_height.exp()
     corners = [centre_x - half_width, centre_y - half_height, centre_x + half_width, centre_y + half_height]
-    boxes, scores = torch.stack(corners, 1).clamp(0, SIZE), probability[classes, rows, columns]
-    order = batched_nms(boxes, scores, classes, iou_threshold=0.5)
-    return boxes[order], scores[order], classes[order]
+    boxes = torch.stack(corners, 1).clamp(0, SIZE)
+    parts = maps.score[classes, rows, columns].sigmoid()
+    kept = batched_nms(boxes, parts, classes, iou_threshold=0.5)
+    same = (box_iou(boxes[kept], boxes) > 0.5) & (classes[kept, None] == classes)
+    total = (same * parts).sum(1).clamp(max=0.9999)
+    scores = (slope * total.logit() + bias).sigmoid()
+    order = scores.argsort(descending=True, stable=True)
+    order = order[scores[order] >= low]
+    return boxes[kept][order], scores[order], classes[kept][order]
 
 
 def _to_pixels(images: Images) -> tuple[Tensor, list[tuple[int, int]]]:

@@ -182,7 +182,7 @@ def calibrate(net, cache: SceneCache) -> dict[str, float]:
     return {"slope": round(slope, 4), "bias": round(bias, 4)}
 
 
-def export(name: str, recipe: Recipe, net, calibration: dict[str, float], images_seen: int) -> None:
+def export(name: str, recipe: Recipe, net, calibration: dict[str, float], images_seen: int, minutes: float) -> None:
     folder = FOLDER / f"judge-{name}"
     folder.mkdir(exist_ok=True)
     half = {k: v.half().contiguous() for k, v in net.state_dict().items() if v.is_floating_point()}
@@ -196,7 +196,7 @@ def export(name: str, recipe: Recipe, net, calibration: dict[str, float], images
         "color_names": scenes.COLORS,
         "calibration": calibration,
         "training": {"script": "assets/build/train_judge.py", "seed": recipe.seed, "styles": recipe.styles,
-                     "images": images_seen},
+                     "images": images_seen, "minutes": minutes},
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -269,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             save()
     save()
     final = average.module.eval().to(memory_format=torch.contiguous_format)
-    export(args.name, recipe, final, calibrate(final, held), step * args.batch)
+    export(args.name, recipe, final, calibrate(final, held), step * args.batch, args.minutes)
 
 
 if __name__ == "__main__":
