@@ -301,11 +301,6 @@ def _schedule(run: _Run) -> Schedule:
     name = type(run.replay.pipe).__name__
     if not run.slots:
         raise ValueError(f"{name} made no call of scheduler.step; check num_inference_steps")
-    if run.rescheduled:
-        raise ValueError(
-            f"{name} sets its timesteps anew inside its loop (chunks of a video); "
-            "replay cannot resume in later chunks: draw whole samples instead"
-        )
     order = getattr(run.owners[0], "order", 1)
     passes = _passes(run.slots)
     ends = passes[order - 1 :: order]
@@ -377,7 +372,6 @@ class _Run:
         self.drawn: Tensor | None = None  # initial noise, as the pipeline's first draw gave it
         self.clock = 0
         self.timed = False  # set_timesteps was called
-        self.rescheduled = False  # and again after a step
         self.entered = False  # the loop has begun
         self.described: list[Any] = []  # of each prompt, what encode_prompt gave
         self.slots: list[int] = []
@@ -545,7 +539,11 @@ class _Run:
         if self.active:
             self.timed = True
             slot = self._slot(shadow.owner, add=False)
-            self.rescheduled |= self.fresh.pop(slot, None) is not None
+            if slot in self.fresh:
+                raise ValueError(
+                    f"{type(self.replay.pipe).__name__} sets its timesteps anew inside its loop (chunks of a video); "
+                    "replay cannot resume in later chunks: draw whole samples with the plain pipeline instead"
+                )
         return shadow.__wrapped__(*args, **kwargs)
 
     def _slot(self, scheduler: Any, add: bool = True) -> int:

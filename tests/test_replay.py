@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import FirstBlockCacheConfig
-from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.callbacks import PipelineCallback, SDCFGCutoffCallback
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion
 from tiny import PIPELINES, build
 
@@ -255,6 +255,19 @@ def test_callbacks_that_set_the_loop_up_hear_of_skipped_steps(stops):
     for stage in stops:
         rows = sampler.advance(rows, stage)
     assert torch.equal(sampler.decode(rows), plain)
+
+
+def test_chunked_loops_are_refused():
+    class Chunks(PipelineCallback):
+        tensor_inputs = ()
+
+        def callback_fn(self, pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
+            if step == 1:
+                pipe.scheduler.set_timesteps(4)
+            return tensors
+
+    with pytest.raises(ValueError, match="timesteps anew"):
+        DiffusionSampler(build("sd"), {**CALL, "callback_on_step_end": Chunks(cutoff_step_ratio=1.0)})
 
 
 def test_passes_of_several_schedulers():
