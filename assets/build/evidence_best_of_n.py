@@ -28,7 +28,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 FIELD = {"base": "0.43 SD1.5, 0.53 SDXL, 0.71 SD3.5", "recovery": "61 %, 45 %, 23 %", "spearman": (0.32, 0.66, 0.90)}
 
 
-def record(split: str, limit: int | None, names: Sequence[str]) -> None:
+def record(split: str, limit: int | None, names: Sequence[str], shard: tuple[int, int]) -> None:
     import torch
     from tqdm import tqdm
 
@@ -42,14 +42,16 @@ def record(split: str, limit: int | None, names: Sequence[str]) -> None:
     from visearch.wrap import Job
 
     path = RESULTS / f"best_of_n-{split}.jsonl"
-    done = len(load(split)) if path.exists() else 0
+    if shard[1] > 1:
+        path = path.with_suffix(f".{shard[0]}-of-{shard[1]}.jsonl")
+    done = {row["index"] for row in read(path)} if path.exists() else set()
     pipe, reward = emoji.load(), resolve("emoji-clip")
     judges = [load_judge(name) for name in names]
     lines = scenes.prompts(split)
     if limit is not None:
         lines = lines[:: max(1, len(lines) // limit)]
-    for index, line in enumerate(tqdm(lines, initial=done, total=len(lines))):
-        if index < done:
+    for index, line in enumerate(tqdm(lines)):
+        if index in done or index % shard[1] != shard[0]:
             continue
         begin = time.perf_counter()
         seeded = torch.Generator().manual_seed(index)
@@ -81,14 +83,27 @@ def record(split: str, limit: int | None, names: Sequence[str]) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def load(split: str) -> list[dict[str, Any]]:
+def read(path: Path) -> list[dict[str, Any]]:
     """Complete lines of a record; a torn last one is dropped from the file."""
-    path = RESULTS / f"best_of_n-{split}.jsonl"
     text = path.read_text()
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         path.write_text(whole)
     return [json.loads(line) for line in whole.splitlines()]
+
+
+def load(split: str) -> list[dict[str, Any]]:
+    """The record of a split; shards are merged into one file, in the order of the prompts."""
+    path, shards = RESULTS / f"best_of_n-{split}.jsonl", sorted(RESULTS.glob(f"best_of_n-{split}.*-of-*.jsonl"))
+    rows = [row for part in ([path] if path.exists() else []) + shards for row in read(part)]
+    if not rows:
+        raise SystemExit(f"nothing is recorded for split {split!r}; run: {Path(__file__).name} record --split {split}")
+    rows.sort(key=lambda row: row["index"])
+    if shards:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for part in shards:
+            part.unlink()
+    return rows
 
 
 def expected_best(order: np.ndarray, values: np.ndarray, n: int) -> float:
@@ -192,10 +207,12 @@ def main() -> None:
     parser.add_argument("command", choices=["record", "table", "readme"])
     parser.add_argument("--split", choices=["report", "validation"], default="validation")
     parser.add_argument("--limit", type=int, help="only about so many prompts, evenly spread")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="record every N-th prompt from I (default 0/1)")
     parser.add_argument("--judges", default="a,b,c", help="comma-separated (default %(default)s)")
     options = parser.parse_args()
     if options.command == "record":
-        record(options.split, options.limit, options.judges.split(","))
+        index, count = map(int, options.shard.split("/"))
+        record(options.split, options.limit, options.judges.split(","), (index, count))
         return
     text = table(options.split)
     print(text)
