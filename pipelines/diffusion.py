@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -40,7 +41,12 @@ class DiffusionSampler:
     """Drives an unmodified diffusers pipeline: stop, drop, copy, re-noise and resume candidates at any stage.
 
     One stage is one step of the scheduler; schedulers of order 2 (Heun, KDPM2) take two model calls for it. Stage 0
-    is the initial noise. The first stage of a row equals the plain call bit for bit, and so does the whole run.
+    is the initial noise. Carried to the last stage alone, in any number of steps, a row equals the plain call with
+    its generator bit for bit; in a batch of another size, up to what kernels differ between shapes.
+
+    Rows of several prompts share a batch if their encoded prompts have the same shapes; each prompt is encoded alone
+    and once a request. Rows run one by one where the pipeline's rows would not leave each other alone
+    (:attr:`visearch.pipelines.replay.Replay.together`).
 
     State of a row: at stage 0 its ``noise``; later what ``scheduler.step`` returned (``out.*``), the clean estimate
     (``x0.*``) and the scheduler's history (``scheduler.*``); always ``rng_start``, the stream as the call begins.
@@ -107,12 +113,12 @@ class DiffusionSampler:
     # --- levels and costs ---
 
     def noise_level(self, stage: int) -> float:
-        """log-SNR of the samples at ``stage``, nats.
+        """log-SNR of the samples at ``stage``, nats; infinite at the last.
 
         Raises:
             ValueError: the scheduler's levels are unknown.
         """
-        return self._level(stage).log_snr
+        return math.inf if stage == self.num_stages else self._level(stage).log_snr
 
     def nfe(self, start: int, stop: int) -> int:
         """Model rows per candidate from stage to stage: batched CFG counts two, as do two separate calls."""

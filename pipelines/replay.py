@@ -144,7 +144,10 @@ def _zeros(shapes: Any, seen: int, batch: Any, rows: int) -> Any:
             return [fit(value[0], scale=False) for _ in range(rows)]
         if isinstance(value, (list, tuple)):
             return type(value)(map(fit, value))
-        return type(value)(**{k: fit(v) for k, v in value.items()}) if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            made = {k: fit(v) for k, v in value.items()}
+            return made if type(value) is dict else type(value)(**made)
+        return value
 
     return fit(shapes)
 

@@ -487,6 +487,10 @@ def test_errors_say_what_to_do():
         sampler.view(cache="first-block")
     with pytest.raises(ValueError, match="at least one seed"):
         sampler.init(request(), [])
+    unknown = DiffusionSampler(build("sd", SCHEDULERS["ipndm"]()), CALL)
+    assert unknown.noise_level(6) == float("inf")
+    with pytest.raises(ValueError, match="noise levels of IPNDM"):
+        unknown.predict_x0(unknown.advance(start(unknown, 1), 2))
     heun = DiffusionSampler(build("sd", SCHEDULERS["heun"]()), CALL)
     with pytest.raises(ValueError, match="order 1"):
         heun.view(Sde())
