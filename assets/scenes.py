@@ -436,8 +436,13 @@ def make_scene(
         metadata: as ``sample_metadata`` gives it; a position holds with a margin and is the only relation.
         styles: art styles to draw from.
         distractors: number of further objects, of classes that the metadata does not name, in natural colours.
+
+    Raises:
+        ValueError: more than 8 objects in all, which 64 x 64 pixels do not hold apart; or an unknown style or class.
     """
     items, relation = _items(metadata)
+    if not 0 <= distractors <= 8 - len(items):
+        raise ValueError(f"distractors={distractors} with {len(items)} named objects; allowed are 0 to {8 - len(items)}")
     if distractors:
         named = {name for name, _ in items}
         others = [name for name in CLASSES if name not in named]

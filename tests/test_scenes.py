@@ -170,6 +170,7 @@ def test_atlas_and_notice_ship():
         (lambda rng: scenes.sample_metadata(rng, tag="shape"), "tag='shape'"),
         (lambda rng: scenes.prompts("train"), "split='train'"),
         (lambda rng: scenes.make_scene(rng, scenes.sample_metadata(rng), styles=("oil",)), "style='oil'"),
+        (lambda rng: scenes.make_scene(rng, scenes.sample_metadata(rng), distractors=9), "distractors=9"),
     ],
 )
 def test_errors_name_the_argument(call, word):

@@ -43,7 +43,7 @@ TAG_WEIGHTS = {
     "two_object": 1.0,
     "counting": 1.1,
     "colors": 0.8,
-    "position": 1.4,
+    "position": 2.2,
     "color_attr": 1.4,
 }
 
@@ -78,7 +78,7 @@ def build_pipeline(vae: AutoencoderKL) -> CogView4Pipeline:
         head_dim=32,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=None,
+        eos_token_id=tokenizer.pad_token_id,
     )
     transformer = CogView4Transformer2DModel(
         patch_size=1,
