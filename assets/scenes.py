@@ -441,8 +441,9 @@ def make_scene(
         ValueError: more than 8 objects in all, which 64 x 64 pixels do not hold apart; or an unknown style or class.
     """
     items, relation = _items(metadata)
-    if not 0 <= distractors <= 8 - len(items):
-        raise ValueError(f"distractors={distractors} with {len(items)} named objects; allowed are 0 to {8 - len(items)}")
+    room = 8 - len(items)
+    if not 0 <= distractors <= room:
+        raise ValueError(f"distractors={distractors} beside {len(items)} named objects; use 0 to {room}")
     if distractors:
         named = {name for name, _ in items}
         others = [name for name in CLASSES if name not in named]
