@@ -399,9 +399,7 @@ def _compose(
         if len(boxes) == len(sprites):
             break
         shrink = max(0.75, 0.99 * shrink)
-    image = Image.fromarray(
-        np.clip(_background(rng, [_mean_color(*look) for look in looks]), 0, 255).astype(np.uint8)
-    )
+    image = Image.fromarray(np.clip(_background(rng, [_mean_color(*look) for look in looks]), 0, 255).astype(np.uint8))
     for sprite, box in zip(sprites, boxes, strict=True):
         image.paste(sprite, (int(box[0]), int(box[1])), sprite)
     vividness = float(rng.random())
@@ -426,9 +424,7 @@ def _items(metadata: dict) -> tuple[list[_Item], str | None]:
     return items, relation
 
 
-def make_scene(
-    rng: np.random.Generator, metadata: dict, styles: Sequence[str] = STYLES, distractors: int = 0
-) -> Scene:
+def make_scene(rng: np.random.Generator, metadata: dict, styles: Sequence[str] = STYLES, distractors: int = 0) -> Scene:
     """A scene that satisfies the metadata, with exactly the objects named (counts are exact), in random places.
 
     Args:

@@ -1,8 +1,8 @@
 """Measure the generator of emoji-64 on validation prompts, one sample each, and draw its sample sheet and loss curves.
 
-    python assets/build/evaluate_generator.py                                   # writes card.json and samples.png
-    python assets/build/evaluate_generator.py --steps 10 15 25 --guidance 2 4 6 --shift 1 2 3   # a table, no files
-    python assets/build/evaluate_generator.py --curves WORK                     # curves.png from the training logs
+python assets/build/evaluate_generator.py                                   # writes card.json and samples.png
+python assets/build/evaluate_generator.py --steps 10 15 25 --guidance 2 4 6 --shift 1 2 3   # a table, no files
+python assets/build/evaluate_generator.py --curves WORK                     # curves.png from the training logs
 """
 
 import argparse
