@@ -2,7 +2,8 @@
 
     python assets/build/make_prototypes.py
 
-Prototypes: mean ImageNet feature of a class in one training style, over crops of composed scenes, natural and tinted.
+Prototypes: mean ImageNet feature of a class in one training style, over crops of composed scenes, natural and tinted;
+one of the scenes as they are, one of their reconstructions by the generator's autoencoder.
 References: k-means centres, in CIELAB, of the pixels of all sprites of a colour at vividness 0 to 1. Needs the extra
 `judge` and judge B's weights (for the calibration); about three minutes on one thread.
 """
@@ -15,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from scene_cache import reconstruct
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from visearch.assets import scenes
+from visearch.assets import path, scenes
 from visearch.rewards.detector import Features, class_similarity, load_judge, to_lab
 
 FOLDER = Path(__file__).resolve().parents[1] / "emoji-64" / "judge-c"
@@ -45,14 +47,16 @@ def object_crops(rng: np.random.Generator, name: str, style: str, count: int):
         yield to_tensor(scene.image), torch.tensor([box])
 
 
-def prototypes(features: Features, rng: np.random.Generator) -> Tensor:
-    """(C, S, D), unit length."""
+def prototypes(features: Features, rng: np.random.Generator, vae: Path) -> Tensor:
+    """(C, 2 S, D), unit length: each style as composed and as reconstructed."""
     rows = []
     for name in scenes.CLASSES:
         for style in scenes.STYLES:
-            crops = [features(image, box)[0] for image, box in object_crops(rng, name, style, CROPS)]
-            rows.append(torch.nn.functional.normalize(torch.stack(crops).mean(0), dim=0))
-    return torch.stack(rows).unflatten(0, (len(scenes.CLASSES), len(scenes.STYLES)))
+            images, boxes = zip(*object_crops(rng, name, style, CROPS), strict=True)
+            for version in (torch.stack(images), reconstruct(torch.stack(images), vae)):
+                crops = [features(image, box)[0] for image, box in zip(version, boxes, strict=True)]
+                rows.append(torch.nn.functional.normalize(torch.stack(crops).mean(0), dim=0))
+    return torch.stack(rows).unflatten(0, (len(scenes.CLASSES), 2 * len(scenes.STYLES)))
 
 
 def references() -> Tensor:
@@ -70,15 +74,20 @@ def references() -> Tensor:
     return torch.from_numpy(np.stack(centres)).float()
 
 
-def calibrate(features: Features, means: Tensor, rng: np.random.Generator, count: int = 150) -> dict[str, float]:
-    """Probability that the nearest class is right, from its lead over the second, on B's boxes in validation scenes."""
-    judge = load_judge("b")
+def calibrate(
+    features: Features, means: Tensor, rng: np.random.Generator, vae: Path, count: int = 160
+) -> dict[str, float]:
+    """Probability that the nearest class is right, from its lead over the second.
+
+    Measured on B's boxes in validation scenes, half of them reconstructed.
+    """
+    composed = [scenes.make_scene(rng, scenes.sample_metadata(rng, split="validation")) for _ in range(count)]
+    images = torch.stack([to_tensor(scene.image) for scene in composed])
+    images[count // 2 :] = reconstruct(images[count // 2 :], vae)
     index = {name: i for i, name in enumerate(scenes.CLASSES)}
     leads, right = [], []
-    for _ in range(count):
-        scene = scenes.make_scene(rng, scenes.sample_metadata(rng, split="validation"))
-        image = to_tensor(scene.image)
-        found = [box[:4] for boxes in judge.detect(image[None])[0].values() for box in boxes if box[4] > 0.5]
+    for scene, image, detections in zip(composed, images, load_judge("b").detect(images), strict=True):
+        found = [box[:4] for boxes in detections.values() for box in boxes if box[4] > 0.5]
         if not found:
             continue
         boxes = torch.tensor(found)
@@ -97,8 +106,8 @@ def calibrate(features: Features, means: Tensor, rng: np.random.Generator, count
 def main() -> None:
     torch.set_num_threads(1)
     rng = np.random.default_rng(SEED)
-    features = Features(torch.device("cpu"))
-    means = prototypes(features, rng)
+    features, vae = Features(torch.device("cpu")), path("emoji-64/pipeline/vae")
+    means = prototypes(features, rng, vae)
     FOLDER.mkdir(exist_ok=True)
     save_file({"prototypes": means.half(), "references": references().half()}, FOLDER / "model.safetensors")
     config = {
@@ -107,7 +116,7 @@ def main() -> None:
         "architecture": "efficientnet-lite0 prototypes",
         "class_names": scenes.CLASSES,
         "color_names": scenes.COLORS,
-        "calibration": calibrate(features, means, rng),
+        "calibration": calibrate(features, means, rng, vae),
         "training": {"script": "assets/build/make_prototypes.py", "seed": SEED, "styles": scenes.STYLES},
     }
     (FOLDER / "config.json").write_text(json.dumps(config, indent=2) + "\n")
