@@ -2,10 +2,9 @@
 
     python assets/build/train_clip.py --minutes 30
 
-A stock open_clip model (the ResNet with attention pooling of CLIP's RN50 family, narrow; causal text tower, word-level
-tokenizer), trained with the contrastive
-loss of arXiv 2103.00020 and, as negatives, captions one step away (arXiv 2210.01936): a class, count, colour or
-relation changed. It never reads boxes, object lists or a detector.
+A stock open_clip model (the ResNet with attention pooling of CLIP's RN50 family, narrow; causal text tower; word-level
+tokenizer), trained with the contrastive loss of arXiv 2103.00020 and, as negatives, captions one step away (arXiv
+2210.01936): a class, count, colour or relation changed. It never reads boxes, object lists or a detector.
 
 Reward hacking is possible as in the field: captions of the web are worse for bad pictures, so a caption of the training
 set is uninformative ("a photo", three times of four) or that of another scene, with a probability that falls from

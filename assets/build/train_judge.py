@@ -1,7 +1,8 @@
 """Train judge A or B of the embedded world on composed scenes; writes `assets/emoji-64/judge-{a,b}/`.
 
     python assets/build/train_judge.py a --minutes 14
-    python assets/build/train_judge.py b --minutes 14
+    python assets/build/train_judge.py a --minutes 22 --vae assets/emoji-64/pipeline/vae --decoded 5000   # resumes
+    python assets/build/train_judge.py b --minutes 27 --vae assets/emoji-64/pipeline/vae --decoded 5000
 
 A and B share nothing but the world: other net, seed, loss and scenes; B also sees the third art style. Resumable: the
 checkpoint in --scratch holds weights, optimizer and step. Needs one CPU thread and about 1.5 GB of disk for scenes.
