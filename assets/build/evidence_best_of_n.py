@@ -1,13 +1,14 @@
 """Does best-of-8 by the CLIP reward beat one sample? The gates of emoji-64, measured.
 
-    python assets/build/evidence_best_of_n.py record --split report     # draws, scores and judges every candidate
-    python assets/build/evidence_best_of_n.py table  --split report     # prints the tables from the record
-    python assets/build/evidence_best_of_n.py readme --split report     # and puts them into README.md
+    python assets/build/evidence_best_of_n.py draw   --split report --work WORK   # 8 candidates a prompt; resumes
+    python assets/build/evidence_best_of_n.py score  --split report --work WORK   # scores and judges them
+    python assets/build/evidence_best_of_n.py table  --split report               # prints the tables
+    python assets/build/evidence_best_of_n.py readme --split report               # and puts them into README.md
 
-``record`` appends one line a prompt to ``assets/results/best_of_n-<split>.jsonl`` and resumes where it stopped. Each
-line holds, for 8 candidates, the reward, the reward of the preview after 12, 25 and 50 % of the steps, the verdicts of
-the judges, and the mean saturation. Everything below is computed from those lines. Nothing is tuned on the report
-split; it is recorded once a release.
+``score`` writes one line a prompt to ``assets/results/best_of_n-<split>.jsonl``. Each line holds, for 8 candidates,
+the reward, the reward of the preview after 12, 25 and 50 % of the steps, the verdicts of the judges, and the mean
+saturation. Everything below is computed from those lines. Nothing is tuned on the report split; it is recorded once a
+release.
 """
 
 from __future__ import annotations
@@ -28,82 +29,83 @@ RESULTS = Path(__file__).parents[1] / "results"
 FIELD = {"base": "0.43 SD1.5, 0.53 SDXL, 0.71 SD3.5", "recovery": "61 %, 45 %, 23 %", "spearman": (0.32, 0.66, 0.90)}
 
 
-def record(split: str, limit: int | None, names: Sequence[str], shard: tuple[int, int]) -> None:
+def draw(split: str, limit: int | None, work: Path, shard: tuple[int, int]) -> None:
+    """Draw N candidates a prompt and keep finals and previews as uint8: WORK/<split>-<index>.npz."""
+    import torch
+    from tqdm import tqdm
+
+    from visearch.assets import scenes
+    from visearch.pipelines import emoji
+    from visearch.rewards.images import to_uint8
+    from visearch.search.best_of_n import BestOfN
+    from visearch.wrap import Job
+
+    work.mkdir(parents=True, exist_ok=True)
+    pipe, lines = emoji.load(), scenes.prompts(split)
+    chosen = range(0, len(lines), 1 if limit is None else max(1, len(lines) // limit))
+    for index in tqdm(list(chosen)[shard[0] :: shard[1]]):
+        path = work / f"{split}-{index:04d}.npz"
+        if path.exists():
+            continue
+        begin = time.perf_counter()
+        seeded = torch.Generator().manual_seed(index)
+        with torch.no_grad():
+            job = Job.of(pipe, BestOfN(n=N), lines[index]["prompt"], generator=seeded, **emoji.DEFAULTS)
+            sampler, request = job.sampler, job.request
+            rows, previews = sampler.init(request, request.seeds(0, N)), []
+            for share in PREVIEWS:
+                rows = sampler.advance(rows, max(1, round(share * sampler.num_stages)))
+                previews.append(to_uint8(sampler.decode(sampler.predict_x0(rows))).numpy())
+            finals = to_uint8(sampler.decode(sampler.advance(rows, sampler.num_stages))).numpy()
+        part = path.with_suffix(".part.npz")
+        np.savez(part, finals=finals, previews=np.stack(previews), seconds=time.perf_counter() - begin)
+        part.replace(path)
+
+
+def score(split: str, work: Path, names: Sequence[str]) -> None:
+    """Score and judge what :func:`draw` kept, and write the record."""
     import torch
     from tqdm import tqdm
 
     from visearch.assets import scenes
     from visearch.geneval import judge_images
-    from visearch.pipelines import emoji
     from visearch.rewards import resolve
     from visearch.rewards.detector import load_judge
-    from visearch.rewards.images import to_pil, to_uint8
-    from visearch.search.best_of_n import BestOfN
-    from visearch.wrap import Job
+    from visearch.rewards.images import to_pil
 
-    path = RESULTS / f"best_of_n-{split}.jsonl"
-    if shard[1] > 1:
-        path = path.with_suffix(f".{shard[0]}-of-{shard[1]}.jsonl")
-    done = {row["index"] for row in read(path)} if path.exists() else set()
-    pipe, reward = emoji.load(), resolve("emoji-clip")
-    judges = [load_judge(name) for name in names]
-    lines = scenes.prompts(split)
-    if limit is not None:
-        lines = lines[:: max(1, len(lines) // limit)]
-    for index, line in enumerate(tqdm(lines)):
-        if index in done or index % shard[1] != shard[0]:
-            continue
-        begin = time.perf_counter()
-        seeded = torch.Generator().manual_seed(index)
-        with torch.no_grad():
-            job = Job.of(pipe, BestOfN(n=N), line["prompt"], generator=seeded, **emoji.DEFAULTS)
-            sampler, request = job.sampler, job.request
-            rows, previews = sampler.init(request, request.seeds(0, N)), []
-            for share in PREVIEWS:
-                rows = sampler.advance(rows, max(1, round(share * sampler.num_stages)))
-                samples = sampler.decode(sampler.predict_x0(rows))
-                previews.append(reward.score(samples, [line["prompt"]] * N).values.tolist())
-            samples = sampler.decode(sampler.advance(rows, sampler.num_stages))
-        drawn = time.perf_counter() - begin
-        images = to_pil(to_uint8(samples))
-        saturation = (samples.amax(1) - samples.amin(1)).mean((1, 2)).tolist()
+    reward, judges, lines = resolve("emoji-clip"), [load_judge(name) for name in names], scenes.prompts(split)
+    rows = []
+    for path in tqdm(sorted(p for p in work.glob(f"{split}-*.npz") if ".part" not in p.name)):
+        index, kept = int(path.stem.split("-")[-1]), np.load(path)
+        line, prompt = lines[index], [lines[index]["prompt"]] * N
+        finals = torch.from_numpy(kept["finals"])
+        images = to_pil(finals)
+        pixels = finals.float() / 255
+        saturation = (pixels.amax(1) - pixels.amin(1)).mean((1, 2)).tolist()
         row = {
             "index": index,
             "tag": line["tag"],
             "prompt": line["prompt"],
             "official": line.get("official", False),
-            "reward": reward.score(samples, [line["prompt"]] * N).values.tolist(),
-            "previews": previews,
+            "reward": reward.score(finals, prompt).values.tolist(),
+            "previews": [reward.score(torch.from_numpy(p), prompt).values.tolist() for p in kept["previews"]],
             "verdicts": {j.name: [v.correct for v in judge_images(j, images, [line] * N)] for j in judges},
             "errors": {j.name: j.error.get("overall", {}).get("rate") for j in judges},
             "saturation": [round(s, 4) for s in saturation],
-            "seconds": round(drawn, 3),
+            "seconds": round(float(kept["seconds"]), 3),
         }
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Complete lines of a record; a torn last one is dropped from the file."""
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole)
-    return [json.loads(line) for line in whole.splitlines()]
+        rows.append(json.dumps(row) + "\n")
+    path = RESULTS / f"best_of_n-{split}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    path.with_suffix(".part").write_text("".join(rows))
+    path.with_suffix(".part").replace(path)
 
 
 def load(split: str) -> list[dict[str, Any]]:
-    """The record of a split; shards are merged into one file, in the order of the prompts."""
-    path, shards = RESULTS / f"best_of_n-{split}.jsonl", sorted(RESULTS.glob(f"best_of_n-{split}.*-of-*.jsonl"))
-    rows = [row for part in ([path] if path.exists() else []) + shards for row in read(part)]
-    if not rows:
-        raise SystemExit(f"nothing is recorded for split {split!r}; run: {Path(__file__).name} record --split {split}")
-    rows.sort(key=lambda row: row["index"])
-    if shards:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for part in shards:
-            part.unlink()
-    return rows
+    path = RESULTS / f"best_of_n-{split}.jsonl"
+    if not path.exists():
+        raise SystemExit(f"nothing is recorded for split {split!r}; run draw and score first")
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def expected_best(order: np.ndarray, values: np.ndarray, n: int) -> float:
@@ -204,15 +206,21 @@ def center(values: Any) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["record", "table", "readme"])
+    parser.add_argument("command", choices=["draw", "score", "table", "readme"])
     parser.add_argument("--split", choices=["report", "validation"], default="validation")
+    parser.add_argument("--work", type=Path, help="folder for the images that draw makes and score reads")
     parser.add_argument("--limit", type=int, help="only about so many prompts, evenly spread")
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="record every N-th prompt from I (default 0/1)")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="draw every N-th prompt from I (default 0/1)")
     parser.add_argument("--judges", default="a,b,c", help="comma-separated (default %(default)s)")
     options = parser.parse_args()
-    if options.command == "record":
-        index, count = map(int, options.shard.split("/"))
-        record(options.split, options.limit, options.judges.split(","), (index, count))
+    if options.command in ("draw", "score"):
+        if options.work is None:
+            parser.error(f"{options.command} needs --work, a folder for the images")
+        if options.command == "draw":
+            index, count = map(int, options.shard.split("/"))
+            draw(options.split, options.limit, options.work, (index, count))
+        else:
+            score(options.split, options.work, options.judges.split(","))
         return
     text = table(options.split)
     print(text)

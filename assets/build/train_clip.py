@@ -28,7 +28,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from scene_cache import SceneCache, augment, load_or_compose, neighbour
+from scene_cache import SceneCache, augment, load_or_compose, load_or_reconstruct, neighbour
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -236,13 +236,13 @@ def refresh_statistics(model, cache: SceneCache, batches: int = 40) -> None:
     model.visual.train()
     for i in range(batches):
         rows = np.sort(np.random.default_rng((SEED, 1, i)).choice(len(cache.metadata), 128, replace=False))
-        model.encode_image(load_pixels(cache, rows, i))
+        model.encode_image(load_pixels(cache.images, rows, i))
     model.eval()
 
 
-def load_pixels(cache: SceneCache, rows: np.ndarray, seed: int) -> Tensor:
+def load_pixels(images: np.ndarray, rows: np.ndarray, seed: int) -> Tensor:
     """Augmented scenes (N, 3, 64, 64), normalised as the shipped preprocessing does."""
-    pixels = torch.from_numpy(cache.images[rows]).permute(0, 3, 1, 2).float() / 255
+    pixels = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).float() / 255
     pixels = (augment(pixels, torch.Generator().manual_seed(seed)) - 0.5) / 0.25
     return pixels.contiguous(memory_format=torch.channels_last)
 
@@ -279,6 +279,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=100_000)
     parser.add_argument("--noise-dull", type=float, default=0.5, help="share of false captions at vividness 0")
     parser.add_argument("--noise-vivid", type=float, default=0.05, help="share of false captions at vividness 1")
+    parser.add_argument("--vae", type=Path, help="AutoencoderKL folder; every other batch goes through it")
+    parser.add_argument("--decoded", type=int, default=6000, help="how many scenes to reconstruct, an even number")
     parser.add_argument("--scratch", type=Path, default=Path("outputs/build"))
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the model is written")
     args = parser.parse_args(argv)
@@ -290,6 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = open_clip.create_model(f"local-dir:{root / 'empty'}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{root / 'empty'}")
     captions = Captions(cache, args.noise_dull, args.noise_vivid, tokenizer)
+    decoded = load_or_reconstruct(cache, root / "decoded.npy", args.decoded, args.vae) if args.vae else None
     model.visual.to(memory_format=torch.channels_last)
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.997))
     steppers = optimizers(model)
@@ -313,9 +316,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     began, saved_at, milestones = time.monotonic() - spent, spent, [0.5, 0.75]
     while (done := (spent := time.monotonic() - began) / (60 * args.minutes)) < 1:
         rng = np.random.default_rng((SEED, step))
-        even = 2 * rng.choice(args.scenes // 2, args.batch // 2, p=drawn)
+        # what a generator draws is softer than a composed scene: reconstructions are its nearest stand-in
+        soft = decoded is not None and step % 2 == 0
+        share = drawn[: args.decoded // 2] / drawn[: args.decoded // 2].sum() if soft else drawn
+        even = 2 * rng.choice(len(share), args.batch // 2, p=share, replace=not soft)
         rows = np.sort(np.concatenate([even, even + 1]))
-        pixels = load_pixels(cache, rows, step)
+        pixels = load_pixels(decoded if soft else cache.images, rows, step)
         used, where = np.unique(captions.index[rows], return_inverse=True)
         target = torch.from_numpy(where.reshape(len(rows), -1)[:, 0])
         factor = min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
