@@ -72,14 +72,14 @@ def curves(work: Path, path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained")
     for axis, log, title, keys in (
-        (axes[0], "vae.jsonl", "autoencoder", ("psnr",)),
-        (axes[1], "generator.jsonl", "generator", ("loss", "validation")),
+        (axes[0], "vae.jsonl", "autoencoder: pixels, edges, KL", ("loss",)),
+        (axes[1], "generator.jsonl", "generator: velocity error", ("loss", "validation")),
     ):
         rows = [json.loads(line) for line in (work / log).read_text().splitlines()]
         for key in keys:
             points = [(row["step"], row[key]) for row in rows if key in row]
             axis.plot(*zip(*points, strict=True), label=key)
-        axis.set(title=title, xlabel="step", ylabel="dB" if keys == ("psnr",) else "velocity error")
+        axis.set(title=title, xlabel="step", ylabel="loss", yscale="log")
         axis.legend(frameon=False)
     figure.savefig(path, dpi=100)
 

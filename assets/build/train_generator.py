@@ -102,6 +102,7 @@ def build_pipeline(vae: AutoencoderKL) -> CogView4Pipeline:
 def encode_captions(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> Tensor:
     """Token ids (N, 16), padded as CogView4Pipeline pads one prompt: on the left."""
     rows = tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")["input_ids"]
+    tokenizer.backend_tokenizer.no_padding()  # the last call's padding would be saved with the tokenizer
     if rows.shape[1] != TEXT_LENGTH or (rows == tokenizer.unk_token_id).any():
         raise ValueError(f"a caption is longer than {TEXT_LENGTH} tokens or has an unknown word; extend the vocabulary")
     return rows

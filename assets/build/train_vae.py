@@ -141,7 +141,7 @@ def encode(vae: AutoencoderKL, cache: SceneCache, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the scene cache, checkpoints and results")
-    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--minutes", type=float, default=12.0)
     parser.add_argument("--decoder-only", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
