@@ -46,8 +46,7 @@ def run_demo(n: int, seed: int, out: Path) -> int:
                 if result.error is not None:
                     raise result.error
                 rows.append(_row(line, run, result, judges))
-                if run == 0:
-                    pictures.append((line, result))
+                pictures.append((line, result))
     _write(out, rows, pictures, judges)
     print(_table(rows, judges, n))
     print(f"\npictures and numbers: {out}/comparison.png, contact-sheet-*.png, demo.json")
@@ -110,19 +109,25 @@ def _write(
     out: Path, rows: Sequence[Mapping[str, Any]], pictures: Sequence[tuple[Any, Any]], judges: Sequence[Any]
 ) -> None:
     compared = []
-    for i, (line, result) in enumerate(pictures):
+    shown = [_shown(rows, line["prompt"], judges) for line in {p[0]["prompt"]: p[0] for p in pictures}.values()]
+    for i, k in enumerate(shown):
+        line, result = pictures[k]
         ranking = result.ranking
         images = to_pil(torch.stack([result.samples[0, c["id"]] for c in ranking]))
         captions = [f"{c['score']:.2f}  #{c['id']}\nseed {c['seed']}" for c in ranking]
         write_image(out / f"contact-sheet-{i + 1}.png", contact_sheet(images, captions, line["prompt"], marked=0))
         first = next(k for k, c in enumerate(ranking) if c["id"] == "0")
-        marks = [_marks(rows, line["prompt"], k, judges) for k in (0, 1)]
+        marks = [_marks(rows[k], which, judges) for which in (0, 1)]
         compared.append((line["prompt"], images[first], f"once {marks[0]}", images[0], f"searched {marks[1]}"))
     write_image(out / "comparison.png", side_by_side(compared))
     write_json(out / "demo.json", {"rows": rows, "versions": versions()})
 
 
-def _marks(rows: Sequence[Mapping[str, Any]], prompt: str, which: int, judges: Sequence[Any]) -> str:
-    first = next(r for r in rows if r["prompt"] == prompt and r["run"] == 0)
-    said = [f"{j.name.upper()} {'right' if first['verdicts'][j.name][which] else 'wrong'}" for j in judges]
-    return ", ".join(said)
+def _shown(rows: Sequence[Mapping[str, Any]], prompt: str, judges: Sequence[Any]) -> int:
+    """Which run the pictures show: the first whose single sample the first judge calls wrong, else the first."""
+    mine = [i for i, r in enumerate(rows) if r["prompt"] == prompt]
+    return next((i for i in mine if not rows[i]["verdicts"][judges[0].name][0]), mine[0])
+
+
+def _marks(row: Mapping[str, Any], which: int, judges: Sequence[Any]) -> str:
+    return ", ".join(f"{j.name.upper()} {'right' if row['verdicts'][j.name][which] else 'wrong'}" for j in judges)
