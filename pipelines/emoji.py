@@ -24,6 +24,6 @@ def load(device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -
     Raises:
         FileNotFoundError: the weights are not installed.
     """
-    pipeline = DiffusionPipeline.from_pretrained(path(f"{NAME}/pipeline"), torch_dtype=dtype or torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(path(f"{NAME}/pipeline"), dtype=dtype or torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

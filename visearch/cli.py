@@ -278,7 +278,7 @@ def _load_diffusers(model: str, dtype: Any) -> Any:
     if not Path(model).is_dir() and "/" not in model:
         MODELS.load(model)  # says which names are near
     try:
-        return DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
+        return DiffusionPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(
             f"--model {model} could not be loaded ({_one_line(error)}); give a folder or hub id of a diffusers "
