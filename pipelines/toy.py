@@ -83,6 +83,20 @@ class _Toy:
         self.meter.decode(len(population), time.perf_counter() - begin)
         return pixels
 
+    def _back(
+        self, population: Population, to_stage: int, seeds: Sequence[int]
+    ) -> tuple[Population, list[torch.Generator]]:
+        if not 0 <= to_stage < population.stage:
+            raise ValueError(f"to_stage={to_stage} must be earlier than the population's stage {population.stage}")
+        return self._rekey(population, "renoise", to_stage, seeds)
+
+    def _aside(
+        self, population: Population, strength: float, seeds: Sequence[int]
+    ) -> tuple[Population, list[torch.Generator]]:
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength={strength} must lie in [0, 1]")
+        return self._rekey(population, "perturb", strength, seeds)
+
     def _rekey(
         self, population: Population, op: str, value: float, seeds: Sequence[int]
     ) -> tuple[Population, list[torch.Generator]]:
@@ -142,9 +156,7 @@ class GaussianToy(_Toy):
         return replace(population, stage=self.num_stages, state=population.state.update(x=x0))
 
     def renoise(self, population: Population, to_stage: int, seeds: Sequence[int]) -> Population:
-        if not 0 <= to_stage < population.stage:
-            raise ValueError(f"to_stage={to_stage} must be earlier than the population's stage {population.stage}")
-        moved, generators = self._rekey(population, "renoise", to_stage, seeds)
+        moved, generators = self._back(population, to_stage, seeds)
         s, t = self.time(population.stage), self.time(to_stage)
         kept = (1 - t) / (1 - s)
         fresh = math.sqrt(t**2 - (kept * s) ** 2)
@@ -152,11 +164,9 @@ class GaussianToy(_Toy):
         return replace(moved, stage=to_stage, state=state, rng=tuple(g.get_state() for g in generators))
 
     def perturb(self, population: Population, strength: float, seeds: Sequence[int]) -> Population:
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength={strength} must lie in [0, 1]")
         if strength == 0:
             return population
-        moved, generators = self._rekey(population, "perturb", strength, seeds)
+        moved, generators = self._aside(population, strength, seeds)
         t, x = self.time(population.stage), moved.state.tensors["x"]
         x0, eps = self._posterior(x, moved.state.tensors["target"], t)
         eps = math.sqrt(1 - strength**2) * eps + strength * self._noise(generators)
@@ -260,9 +270,7 @@ class TokenToy(_Toy):
 
     def renoise(self, population: Population, to_stage: int, seeds: Sequence[int]) -> Population:
         """Mask again what was committed after ``to_stage``; the cache is rebuilt from what is left."""
-        if not 0 <= to_stage < population.stage:
-            raise ValueError(f"to_stage={to_stage} must be earlier than the population's stage {population.stage}")
-        moved, generators = self._rekey(population, "renoise", to_stage, seeds)
+        moved, generators = self._back(population, to_stage, seeds)
         tokens = moved.state.tensors["tokens"].clone()
         tokens[:, to_stage * self.per_commit :] = self.mask
         state = moved.state.update(tokens=tokens, cache=self._rebuild(tokens))
@@ -270,11 +278,9 @@ class TokenToy(_Toy):
 
     def perturb(self, population: Population, strength: float, seeds: Sequence[int]) -> Population:
         """Redraw exactly ``round(strength * committed)`` committed tokens of each row."""
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength={strength} must lie in [0, 1]")
         if strength == 0:
             return population
-        moved, generators = self._rekey(population, "perturb", strength, seeds)
+        moved, generators = self._aside(population, strength, seeds)
         tokens, committed = moved.state.tensors["tokens"].clone(), population.stage * self.per_commit
         for row, generator in enumerate(generators):
             places = torch.randperm(committed, generator=generator)[: round(strength * committed)]
