@@ -558,7 +558,12 @@ class SearchState:
         live: rows under way, or ``None``.
         open_prompts: prompts that still want candidates; the driver closes those that reached the target.
         round: completed rounds.
-        room: candidates a prompt that the driver can still pay for in the next round; ``None`` is no limit.
+        room: whole candidates a prompt that the driver can still pay for, fractions counted; ``None`` is no limit.
+            Below 1, a search with rows under way and nothing finished finishes the best of them.
+        cut: whether a search with rows under way dropped some, or began with fewer, because of ``room``.
+        price: model rows that one decode and score cost, as the driver measured it once; ``None`` before.
+        pruned: rows that were dropped before the end: prompt, id, candidate, seed, stage where it was left, and
+            the score of its preview there (``None`` if it had none).
     """
 
     request: Request
@@ -566,17 +571,24 @@ class SearchState:
     live: Population | None = None
     open_prompts: tuple[int, ...] = ()
     round: int = 0
-    room: int | None = None
+    room: float | None = None
+    cut: bool = False
+    price: float | None = None
+    pruned: tuple[dict[str, Any], ...] = ()
 
 
 class Budgeted(NamedTuple):
-    """A search cut to fit a budget, and what it will cost for one prompt: exact, or (low, high) for seconds."""
+    """A search cut to fit a budget, and what it will cost for one prompt: exact, or (low, high) for seconds.
+
+    ``finals`` is how many candidates reach the last stage.
+    """
 
     search: Search
     nfe: int
     images: float
     decodes: int
     rewards: int
+    finals: int
 
 
 Evaluate = Callable[[Population], Population]

@@ -33,6 +33,7 @@ class SearchResult:
             ``"interrupted"`` or ``"failed"``.
         error: the exception behind ``"failed"`` or ``"interrupted"``.
         samples: (prompt, id) -> decoded sample of each finished row.
+        pruned: candidates that the search dropped before the end, as in :class:`visearch.protocols.SearchState`.
         warnings: what went wrong without ending the run.
         held_out: reward -> its scores of the winners, for rewards that the search never saw.
     """
@@ -43,6 +44,7 @@ class SearchResult:
     stopped: str
     error: BaseException | None = None
     samples: dict[tuple[int, str], Any] = field(default_factory=dict)
+    pruned: tuple[dict[str, Any], ...] = ()
     warnings: tuple[str, ...] = ()
     held_out: dict[str, list[float]] = field(default_factory=dict)
 
@@ -162,7 +164,7 @@ def run_search(
         notes = tuple(scorer.warnings)
         if state.finished is not None and stopped != "running":
             notes += _all_failed(state.finished, request)
-        return SearchResult(request, state.finished, ledger, stopped, error, samples, notes)
+        return SearchResult(request, state.finished, ledger, stopped, error, samples, state.pruned, notes)
 
     def make_round(stopped: str, error: BaseException | None = None, last: bool = False) -> Round:
         rows = state.finished
@@ -175,16 +177,18 @@ def run_search(
     while not search.done(state):
         elapsed = time.perf_counter() - begin
         room = _room(budget, ledger, metered, state, elapsed)
+        rows_left = _room(replace(budget, max_seconds=None), ledger, metered, state, elapsed)
+        limit = "budget" if room == rows_left else "deadline"
         if cancelled():
-            stopped = "cancelled"
+            room, limit = 0.0, "cancelled"
+        unfinished = state.live is not None and state.finished is None  # may still finish its best row
+        if room is not None and room < 1 and not unfinished:
+            stopped = limit
             break
-        if room == 0:
-            rows_spent = _room(replace(budget, max_seconds=None), ledger, metered, state, 0) == 0
-            stopped = "budget" if rows_spent else "deadline"
-            break
+        price = _price(ledger) if state.price is None else state.price
         try:
             with torch.no_grad():  # not around the yield: the caller's grad mode is its own
-                state = search.step(replace(state, room=room), metered, evaluate)
+                state = search.step(replace(state, room=room, price=price), metered, evaluate)
         except BudgetSpent:
             stopped = "budget"
             break
@@ -199,7 +203,7 @@ def run_search(
             ledger.seconds["total"] = before + time.perf_counter() - begin
             _save(checkpoint, state, {"ledger": ledger.as_dict(), "fingerprint": print_of_run}, scorer)
         if search.done(state):
-            stopped = "done" if state.open_prompts else "closed"
+            stopped = limit if state.cut else "done" if state.open_prompts else "closed"
             break
         yield make_round("running")
     yield make_round(stopped, error, last=True)
@@ -213,21 +217,29 @@ def _rows_a_prompt(budget: Budget, sampler: Sampler, prompts: int) -> int | None
     return min(limits, default=None)
 
 
-def _room(budget: Budget, ledger: Ledger, sampler: Sampler, state: SearchState, elapsed: float) -> int | None:
-    """Candidates a prompt that still fit the remaining rows and seconds; ``None`` is no limit."""
+def _room(budget: Budget, ledger: Ledger, sampler: Sampler, state: SearchState, elapsed: float) -> float | None:
+    """Whole candidates a prompt that still fit the remaining rows and seconds; ``None`` is no limit."""
     prompts, limits = max(1, len(state.open_prompts)), []
     whole = prompts * sampler.nfe(0, sampler.num_stages)
     if budget.max_nfe is not None:
-        limits.append((budget.max_nfe - ledger.nfe) // whole)
+        limits.append((budget.max_nfe - ledger.nfe) / whole)
     if budget.max_images is not None:
-        limits.append(int((budget.max_images - ledger.images + ROUNDING) / prompts))
+        limits.append((budget.max_images - ledger.images + ROUNDING) / prompts)
     if budget.max_seconds is not None:
         if ledger.nfe == 0:
-            limits.append(1)  # the first candidate tells how long one takes
+            limits.append(1.0)  # the first candidate tells how long one takes
         else:
             each = SAFETY * elapsed / ledger.nfe * whole if elapsed else 0.0
-            limits.append(int((budget.max_seconds - elapsed) / each) if each else 1)
-    return max(0, min(limits)) if limits else None
+            limits.append((budget.max_seconds - elapsed) / each if each else 1.0)
+    return max(0.0, min(limits)) if limits else None
+
+
+def _price(ledger: Ledger) -> float | None:
+    """What one decode and score costs in model rows by the seconds spent so far; ``None`` while nothing tells."""
+    seconds = ledger.seconds
+    if not (ledger.decodes and ledger.nfe and seconds["denoiser"]):
+        return None
+    return (seconds["decode"] + seconds["reward"]) / ledger.decodes / (seconds["denoiser"] / ledger.nfe)
 
 
 def _close_prompts(state: SearchState, budget: Budget) -> SearchState:

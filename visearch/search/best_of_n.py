@@ -40,14 +40,14 @@ class BestOfN:
         if n < 1:
             raise ValueError(f"max_nfe={max_nfe} a prompt is too small: one candidate costs {one} model rows")
         images = n * sampler.cost(0, sampler.num_stages)
-        return Budgeted(replace(self, n=n), nfe=n * one, images=images, decodes=n, rewards=n)
+        return Budgeted(replace(self, n=n), nfe=n * one, images=images, decodes=n, rewards=n, finals=n)
 
     def init(self, sampler: Sampler, request: Request) -> SearchState:
         return SearchState(request, open_prompts=tuple(range(len(request.prompts))))
 
     def step(self, state: SearchState, sampler: Sampler, evaluate: Evaluate) -> SearchState:
         start = self._drawn(state)
-        count = min(self.batch, self.n - start, self.n if state.room is None else state.room)
+        count = min(self.batch, self.n - start, self.n if state.room is None else int(state.room))
         rows = sampler.init(state.request, state.request.seeds(start, start + count, state.open_prompts))
         rows = evaluate(sampler.advance(rows, sampler.num_stages))
         done = rows if state.finished is None else sampler.concat([state.finished, rows])
