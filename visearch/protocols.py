@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "Batch",
     "Budgeted",
     "EtaStep",
     "Event",
@@ -71,7 +73,8 @@ class Request:
         per_prompt: keyword arguments that hold one entry a prompt (negative prompts, embeddings), length P each.
         reward_prompts: what the reward reads; default ``prompts``.
         metadata: one mapping a prompt for rewards that need it (GenEval's lines), or ``None``.
-        generators: the user's own generators, one a prompt; candidate 0 starts from a clone of its state.
+        generators: the user's own generators, one a prompt, kept as clones: candidate 0 starts where they stand now,
+            whatever they draw later.
         prompt_ids: fixed before any sharding; default ``stable_hash(text, occurrence)`` within this request.
 
     Raises:
@@ -99,7 +102,8 @@ class Request:
             ids.append(stable_hash(text, seen[text]))
         object.__setattr__(self, "reward_prompts", texts)
         object.__setattr__(self, "metadata", self.metadata or (None,) * count)
-        object.__setattr__(self, "generators", self.generators or (None,) * count)
+        clones = tuple(g if g is None else _clone(g) for g in self.generators)
+        object.__setattr__(self, "generators", clones or (None,) * count)
         object.__setattr__(self, "prompt_ids", self.prompt_ids or tuple(ids))
         own = ("reward_prompts", "metadata", "generators", "prompt_ids")
         sized = [(name, getattr(self, name)) for name in own] + list(self.per_prompt.items())
@@ -124,11 +128,13 @@ class Request:
         Candidate 0 continues the user's generator where it stands (and on its device), without advancing it.
         """
         own = self.generators[seed.prompt] if seed.candidate == 0 else None
-        if own is not None:
-            clone = torch.Generator(own.device)
-            clone.set_state(own.get_state())
-            return clone
-        return torch.Generator(device).manual_seed(seed.value)
+        return torch.Generator(device).manual_seed(seed.value) if own is None else _clone(own)
+
+
+def _clone(generator: torch.Generator) -> torch.Generator:
+    clone = torch.Generator(generator.device)
+    clone.set_state(generator.get_state())
+    return clone
 
 
 # --- populations ----------------------------------------------------------------------------------------------
@@ -145,6 +151,20 @@ class Event(NamedTuple):
     stage: int
     seed: int
     value: float = 0.0
+
+
+class Batch(NamedTuple):
+    """One model run that carried a row: from stage to stage, at ``position`` among ``rows`` rows.
+
+    Kernels may depend on the size of a batch, so this is what a row needs, beside its lineage, to be repeated exactly.
+    ``prompts`` holds the prompts of all its rows in order, as (prompt, how many rows in a row).
+    """
+
+    start: int
+    stop: int
+    rows: int
+    position: int
+    prompts: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -203,6 +223,7 @@ class Population:
         log_weight: (B,) float32.
         history: per row, the (stage, score) pairs seen so far along its lineage.
         rng_device: device of the random streams.
+        batches: per row, the batches that it was carried in along its lineage.
     """
 
     stage: int
@@ -215,6 +236,7 @@ class Population:
     log_weight: Tensor = None  # type: ignore[assignment]
     history: tuple[tuple[tuple[int, float], ...], ...] = ()
     rng_device: str = "cpu"
+    batches: tuple[tuple[Batch, ...], ...] = ()
 
     def __post_init__(self) -> None:
         rows = len(self.lineage)
@@ -226,8 +248,9 @@ class Population:
         for name, make in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, make())
-        if not self.history:
-            object.__setattr__(self, "history", ((),) * rows)
+        for name in ("history", "batches"):
+            if not getattr(self, name):
+                object.__setattr__(self, name, ((),) * rows)
 
     def __len__(self) -> int:
         return len(self.lineage)
@@ -257,6 +280,12 @@ class Population:
         values = score.detach().to("cpu", torch.float32)
         pairs = zip(self.history, values.tolist(), strict=True)
         return replace(self, score=values, history=tuple((*h, (self.stage, v)) for h, v in pairs))
+
+    def carried(self, start: int) -> Population:
+        """The same rows with a note in ``batches``: all of them came here from stage ``start`` in one model run."""
+        prompts = tuple((p, len(list(same))) for p, same in groupby(self.prompt.tolist()))
+        notes = (Batch(start, self.stage, len(self), row, prompts) for row in range(len(self)))
+        return replace(self, batches=tuple((*old, new) for old, new in zip(self.batches, notes, strict=True)))
 
     def select(self, index: Sequence[int] | Tensor) -> Population:
         """Gather rows, with repeats allowed: the one place where copies get a random stream of their own.
@@ -290,6 +319,7 @@ class Population:
             score=self.score[picked],
             log_weight=self.log_weight[picked],
             history=tuple(self.history[r] for r in rows),
+            batches=tuple(self.batches[r] for r in rows),
         )
 
     @staticmethod
@@ -311,6 +341,7 @@ class Population:
             score=torch.cat([p.score for p in parts]),
             log_weight=torch.cat([p.log_weight for p in parts]),
             history=sum((p.history for p in parts), ()),
+            batches=sum((p.batches for p in parts), ()),
         )
 
     def generators(self) -> list[torch.Generator]:
@@ -326,8 +357,8 @@ class Population:
         """A copy that survives ``advance``, which may reuse its input's memory."""
         return replace(self, state=self.state.snapshot())
 
-    def save(self, folder: str | Path) -> None:
-        """Write ``population.safetensors`` and ``population.json``, each atomically."""
+    def save(self, folder: str | Path, name: str = "population") -> None:
+        """Write ``<name>.safetensors`` and ``<name>.json``, each atomically."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
@@ -342,20 +373,21 @@ class Population:
             "lineage": [[list(e) for e in events] for events in self.lineage],
             "history": self.history,
             "rng_device": self.rng_device,
+            "batches": self.batches,
         }
-        save_file({k: t.detach().contiguous().clone() for k, t in tensors.items()}, folder / "part.safetensors")
-        (folder / "part.json").write_text(json.dumps(meta))
-        (folder / "part.safetensors").replace(folder / "population.safetensors")
-        (folder / "part.json").replace(folder / "population.json")
+        save_file({k: t.detach().contiguous().clone() for k, t in tensors.items()}, folder / f"{name}.part.safetensors")
+        (folder / f"{name}.part.json").write_text(json.dumps(meta))
+        for kind in ("safetensors", "json"):
+            (folder / f"{name}.part.{kind}").replace(folder / f"{name}.{kind}")
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> Population:
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu", name: str = "population") -> Population:
         """Read what :meth:`save` wrote; the sampler's tensors go to ``device``."""
         from safetensors.torch import load_file
 
         folder = Path(folder)
-        meta = json.loads((folder / "population.json").read_text())
-        tensors = load_file(folder / "population.safetensors")
+        meta = json.loads((folder / f"{name}.json").read_text())
+        tensors = load_file(folder / f"{name}.safetensors")
         state = {k.removeprefix("state."): t.to(device) for k, t in tensors.items() if k.startswith("state.")}
         return cls(
             stage=meta["stage"],
@@ -368,7 +400,13 @@ class Population:
             log_weight=tensors["log_weight"],
             history=tuple(tuple((int(s), float(v)) for s, v in h) for h in meta["history"]),
             rng_device=meta["rng_device"],
+            batches=tuple(tuple(_batch(b) for b in made) for made in meta["batches"]),
         )
+
+
+def _batch(saved: Sequence[Any]) -> Batch:
+    *numbers, prompts = saved
+    return Batch(*numbers, tuple((p, count) for p, count in prompts))
 
 
 def lineage_id(events: Sequence[Event]) -> str:
