@@ -19,6 +19,7 @@ _PUBLIC = {
     "Search": "visearch.protocols",
     "SearchPipeline": "visearch.wrap",
     "SearchResult": "visearch.run",
+    "SuccessiveHalving": "visearch.search.successive_halving",
     "run_search": "visearch.run",
 }
 

@@ -602,6 +602,7 @@ class SearchState:
         price: model rows that one decode and score cost, as the driver measured it once; ``None`` before.
         pruned: rows that were dropped before the end: prompt, id, candidate, seed, stage where it was left, and
             the score of its preview there (``None`` if it had none).
+        notes: what the user should know about this run before it begins; the driver warns.
     """
 
     request: Request
@@ -613,6 +614,7 @@ class SearchState:
     cut: bool = False
     price: float | None = None
     pruned: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Budgeted(NamedTuple):

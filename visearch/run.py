@@ -146,6 +146,10 @@ def run_search(
         if extra["fingerprint"] != print_of_run:
             raise ValueError(f"checkpoint={str(checkpoint)!r} is of another run; delete it or choose another folder")
         vars(ledger).update(vars(Ledger.from_dict(extra["ledger"])))
+        if hasattr(sampler, "request"):
+            sampler.request = request  # saved rows come without the init that tells it
+    for note in state.notes:
+        warnings.warn(note, stacklevel=2)
 
     def evaluate(population: Population) -> Population:
         final = population.stage == metered.num_stages
@@ -161,7 +165,7 @@ def run_search(
 
     def result(stopped: str, error: BaseException | None = None) -> SearchResult:
         ledger.seconds["total"] = before + time.perf_counter() - begin
-        notes = tuple(scorer.warnings)
+        notes = state.notes + tuple(scorer.warnings)
         if state.finished is not None and stopped != "running":
             notes += _all_failed(state.finished, request)
         return SearchResult(request, state.finished, ledger, stopped, error, samples, state.pruned, notes)

@@ -5,11 +5,12 @@ Shapes: B = rows of a population.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from visearch.protocols import Population
 
-__all__ = ["best_per_prompt", "rank", "top_k"]
+__all__ = ["best_per_prompt", "prune", "rank", "top_k"]
 
 
 def rank(population: Population) -> list[int]:
@@ -42,3 +43,23 @@ def best_per_prompt(population: Population, prompts: Sequence[int]) -> dict[int,
     """Prompt -> its best row; prompts without a row are left out."""
     best = {int(population.prompt[row]): row for row in reversed(rank(population))}
     return {p: best[p] for p in prompts if p in best}
+
+
+def prune(population: Population, k: int, prompts: Collection[int]) -> tuple[list[int], tuple[dict[str, Any], ...]]:
+    """The k best rows of each prompt in ``prompts``, in their order, and a record of all others.
+
+    A record is a JSON-able dict: prompt, id, candidate, seed, stage, and the latest score (``None`` if unscored).
+    """
+    kept = sorted(row for row in top_k(population, k) if int(population.prompt[row]) in prompts)
+    dropped = tuple(
+        {
+            "prompt": int(population.prompt[row]),
+            "id": population.id[row],
+            "candidate": population.candidate[row],
+            "seed": population.seed[row],
+            "stage": population.stage,
+            "score": None if population.score[row].isnan() else float(population.score[row]),
+        }
+        for row in sorted(set(range(len(population))) - set(kept))
+    )
+    return kept, dropped

@@ -4,4 +4,10 @@ from visearch.protocols import Registry
 
 __all__ = ["SEARCHES"]
 
-SEARCHES = Registry("search", {"best-of-n": "visearch.search.best_of_n:BestOfN"})
+SEARCHES = Registry(
+    "search",
+    {
+        "best-of-n": "visearch.search.best_of_n:BestOfN",
+        "halving": "visearch.search.successive_halving:SuccessiveHalving",
+    },
+)
