@@ -11,6 +11,7 @@ from torch import Tensor
 
 from visearch.pipelines import SAMPLERS
 from visearch.protocols import Request, Sampler, Scores
+from visearch.run import SearchResult
 from visearch.search import SEARCHES
 
 PROMPTS = ("a photo of a cow", "a photo of two cats")
@@ -76,7 +77,34 @@ def diffusion_case() -> Case:
 
 
 # Hyperparameters that make each search small; what is not named here runs with its defaults.
-SMALL: dict[str, dict[str, Any]] = {"best-of-n": {"n": 5, "batch": 2}}
+SMALL: dict[str, dict[str, Any]] = {
+    "best-of-n": {"n": 5, "batch": 2},
+    # a price that is given, not measured, so that the schedule does not hang on the clock
+    "halving": {"n": 6, "check_cost": 0.0},
+}
+
+
+def nothing_dropped(search: Any, result: SearchResult) -> None:
+    assert result.pruned == ()
+    assert len(result.finished) == search.n * len(result.request.prompts)
+
+
+def previews_pruned(search: Any, result: SearchResult) -> None:
+    """Every candidate is finished or on record, and nobody was dropped for a better preview score than a survivor's."""
+    assert search.calls and {c["stage"] for c in result.pruned} == set(search.calls)
+    for prompt in range(len(result.request.prompts)):
+        finished = [c for c in result.ranking if c["prompt"] == prompt]
+        pruned = [c for c in result.pruned if c["prompt"] == prompt]
+        assert sorted(c["candidate"] for c in [*finished, *pruned]) == list(range(search.n))
+        assert len(finished) == search.keep[-1]
+        for c in pruned:
+            assert c["seed"] == result.request.seed_of(prompt, c["candidate"])
+            survivors = [dict(f["history"])[c["stage"]] for f in finished]
+            assert c["score"] <= min(survivors)
+
+
+# What each search does to its candidates, found again in the result; takes the planned search.
+EVENTS: dict[str, Callable[[Any, SearchResult], None]] = {"best-of-n": nothing_dropped, "halving": previews_pruned}
 
 SAMPLER_CASES: dict[str, Callable[[], Case]] = {
     "diffusion": diffusion_case,

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from contract.cases import SAMPLER_CASES, Case, PixelReward, make_search
+from contract.cases import EVENTS, SAMPLER_CASES, Case, PixelReward, make_search
 from visearch.budget import Budget, Ledger
 from visearch.pipelines import SAMPLERS
 from visearch.protocols import Population
@@ -319,9 +319,18 @@ def test_out_of_memory_with_one_row_keeps_what_was_finished(case, search):
         return decode(rows)
 
     sampler.decode = failing
-    last = list(run_search(sampler, PixelReward(), search, case.request()))[-1]
+    *_, before, last = run_search(sampler, PixelReward(), search, case.request())
     assert last.result.stopped == "failed" and "out of memory" in str(last.result.error)
-    assert len(last.result.finished) == calls[0]
+    keeps_what_was_finished(last.result, before)
+
+
+def keeps_what_was_finished(result, before: Round) -> None:
+    assert result.finished is before.state.finished and result.pruned == before.state.pruned
+    if result.finished is None:
+        with pytest.raises(RuntimeError, match="before any candidate was finished"):
+            result.winners()
+    else:
+        assert set(result.winners().prompt.tolist()) == set(range(len(result.request.prompts)))
 
 
 def test_interrupt_keeps_what_was_finished(case, search):
@@ -335,9 +344,33 @@ def test_interrupt_keeps_what_was_finished(case, search):
         return advance(rows, to)
 
     sampler.advance = interrupted
-    last = list(run_search(sampler, PixelReward(), search, case.request()))[-1]
+    *_, before, last = run_search(sampler, PixelReward(), search, case.request())
     assert last.last and last.result.stopped == "interrupted"
-    assert len(last.result.winners()) == len(case.request().prompts)
+    keeps_what_was_finished(last.result, before)
+
+
+def test_a_search_that_is_cancelled_has_a_winner_for_each_prompt(case, search):
+    whole = search.plan(case.make()).nfe * len(case.request().prompts)
+    ledger = Ledger()
+    last = run(case, search, ledger=ledger, cancelled=lambda: ledger.nfe > 0)[-1]
+    assert last.result.stopped == "cancelled" and ledger.nfe < whole
+    assert set(last.result.winners().prompt.tolist()) == set(range(len(case.request().prompts)))
+
+
+@pytest.mark.parametrize("name", sorted(SEARCHES))
+def test_the_result_shows_what_the_search_did(case, name):
+    assert name in EVENTS, f"search {name!r} has no event; add one to tests/contract/cases.py"
+    search = make_search(name)
+    EVENTS[name](search.plan(case.make()).search, run(case, search)[-1].result)
+
+
+def test_what_was_dropped_survives_a_checkpoint(case, search, tmp_path):
+    first = run_search(case.make(), PixelReward(), search, case.request(), checkpoint=tmp_path)
+    next(first)
+    first.close()
+    resumed, whole = (run(case, search, **options)[-1].result for options in ({"checkpoint": tmp_path}, {}))
+    key = ("prompt", "id", "candidate", "seed", "stage")
+    assert [[c[k] for k in key] for c in resumed.pruned] == [[c[k] for k in key] for c in whole.pruned]
 
 
 def test_searches_keep_to_the_prompt_that_is_open(case):
