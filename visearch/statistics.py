@@ -6,6 +6,7 @@ prompts are resampled, each with all its images. Needs numpy alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
@@ -163,3 +164,28 @@ def _differences(a: ArrayLike, b: ArrayLike) -> np.ndarray:
     if left.shape != right.shape:
         raise ValueError(f"a has shape {left.shape} and b {right.shape}; pair results on the same prompts")
     return left - right
+
+
+def expected_best(rewards: ArrayLike, n: int, values: ArrayLike | None = None) -> float:
+    """Expected value of the best of ``n`` candidates, drawn without replacement from a pool of S.
+
+    ``sum_{i=n..S} v_(i) C(i - 1, n - 1) / C(S, n)`` with v in ascending order of reward: exact, no simulation.
+
+    Args:
+        rewards: ``(S,)`` finite numbers that choose the best; of equal ones the earlier is better.
+        n: candidates drawn, 1 to S.
+        values: ``(S,)`` what the chosen one is worth, for example a judge's verdict; default its reward.
+
+    Raises:
+        ValueError: ``n`` outside 1 to S, or ``values`` of another shape than ``rewards``.
+    """
+    order = np.asarray(rewards, dtype=np.float64)
+    worth = order if values is None else np.asarray(values, dtype=np.float64)
+    if order.ndim != 1 or worth.shape != order.shape:
+        raise ValueError(f"rewards has shape {order.shape} and values {worth.shape}; give one number a candidate each")
+    size = len(order)
+    if not 1 <= n <= size:
+        raise ValueError(f"n is {n}; a pool of {size} candidates allows 1 to {size}")
+    ascending = worth[np.argsort(-order, kind="stable")[::-1]]
+    chances = [math.comb(i - 1, n - 1) / math.comb(size, n) for i in range(n, size + 1)]
+    return float(np.dot(ascending[n - 1 :], chances))

@@ -108,14 +108,6 @@ def load(split: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def expected_best(order: np.ndarray, values: np.ndarray, n: int) -> float:
-    """Mean of ``values`` of the best of n drawn without replacement from the pool sorted best first by ``order``."""
-    size = len(order)
-    picked = values[order]
-    weights = np.array([np.prod([(size - i - j - 1) / (size - j - 1) for j in range(n - 1)]) for i in range(size)])
-    return float((weights * picked).sum() / weights.sum())
-
-
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     ranks = [np.argsort(np.argsort(x)).astype(float) for x in (a, b)]
     return float(np.corrcoef(*ranks)[0, 1])
@@ -128,7 +120,7 @@ def overall(rows: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], fl
 
 
 def table(split: str) -> str:
-    from visearch.statistics import minimum_detectable_effect, paired_interval
+    from visearch.statistics import expected_best, minimum_detectable_effect, paired_interval
 
     rows = load(split)
     judges = list(rows[0]["verdicts"])
@@ -176,10 +168,10 @@ def table(split: str) -> str:
     text += ["\n| best of n by reward | " + " | ".join(map(str, range(1, N + 1))) + " |", "|---|" + "---|" * N]
     for j in judges:
         curve = [
-            overall(rows, lambda r, n=n, j=j: expected_best(r["order"], r["verdicts"][j], n)) for n in range(1, N + 1)
+            overall(rows, lambda r, n=n, j=j: expected_best(r["reward"], n, r["verdicts"][j])) for n in range(1, N + 1)
         ]
         text.append(f"| {j.upper()} | " + " | ".join(f"{v:.3f}" for v in curve) + " |")
-    curve = [np.mean([expected_best(r["order"], np.array(r["reward"]), n) for r in rows]) for n in range(1, N + 1)]
+    curve = [np.mean([expected_best(r["reward"], n) for r in rows]) for n in range(1, N + 1)]
     text.append("| guided reward | " + " | ".join(f"{v:.2f}" for v in curve) + " |")
 
     text += ["\n| Spearman of preview and final reward | 12 % | 25 % | 50 % of steps |", "|---|---|---|---|"]
