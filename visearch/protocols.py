@@ -73,12 +73,12 @@ class Request:
         per_prompt: keyword arguments that hold one entry a prompt (negative prompts, embeddings), length P each.
         reward_prompts: what the reward reads; default ``prompts``.
         metadata: one mapping a prompt for rewards that need it (GenEval's lines), or ``None``.
-        generators: the user's own generators, one a prompt, kept as clones: candidate 0 starts where they stand now,
-            whatever they draw later.
+        generators: the user's own generators, j a prompt, prompt by prompt (mostly j = 1), kept as clones: candidates
+            0..j-1 start where they stand now, whatever they draw later.
         prompt_ids: fixed before any sharding; default ``stable_hash(text, occurrence)`` within this request.
 
     Raises:
-        ValueError: no prompt, or a per-prompt sequence whose length is not P.
+        ValueError: no prompt, a per-prompt sequence whose length is not P, or generators that are not j a prompt.
     """
 
     prompts: tuple[str | None, ...]
@@ -105,7 +105,9 @@ class Request:
         clones = tuple(g if g is None else _clone(g) for g in self.generators)
         object.__setattr__(self, "generators", clones or (None,) * count)
         object.__setattr__(self, "prompt_ids", self.prompt_ids or tuple(ids))
-        own = ("reward_prompts", "metadata", "generators", "prompt_ids")
+        if len(self.generators) % count:
+            raise ValueError(f"generators has {len(self.generators)} entries for {count} prompts; give as many a prompt")
+        own = ("reward_prompts", "metadata", "prompt_ids")
         sized = [(name, getattr(self, name)) for name in own] + list(self.per_prompt.items())
         for name, values in sized:
             if len(values) != count:
@@ -117,18 +119,23 @@ class Request:
         return [Seed(p, k, self.seed_of(p, k)) for p in chosen for k in range(start, stop)]
 
     def seed_of(self, prompt: int, candidate: int) -> int:
-        if candidate > 0:
+        own = self._given(prompt, candidate)
+        if candidate > 0 and own is None:
             return stable_hash(self.seed, self.prompt_ids[prompt], candidate)
-        own = self.generators[prompt]
         return self.seed if own is None else own.initial_seed()
 
     def generator(self, seed: Seed, device: torch.device | str = "cpu") -> torch.Generator:
         """The candidate's own random stream, at its beginning.
 
-        Candidate 0 continues the user's generator where it stands (and on its device), without advancing it.
+        Candidate 0 continues the user's generator where it stands (and on its device), without advancing it; so do
+        further ones that were given generators.
         """
-        own = self.generators[seed.prompt] if seed.candidate == 0 else None
+        own = self._given(seed.prompt, seed.candidate)
         return torch.Generator(device).manual_seed(seed.value) if own is None else _clone(own)
+
+    def _given(self, prompt: int, candidate: int) -> torch.Generator | None:
+        each = len(self.generators) // len(self.prompts)
+        return self.generators[prompt * each + candidate] if candidate < each else None
 
 
 def _clone(generator: torch.Generator) -> torch.Generator:
