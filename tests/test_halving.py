@@ -297,7 +297,7 @@ def searches(draw):
 
 
 @pytest.mark.filterwarnings("ignore:halving")
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=400)
 @given(search=searches(), bar=st.none() | st.integers(1, 9), extra=st.integers(0, 23), tokens=st.booleans())
 def test_any_schedule_keeps_its_plan_and_its_budget(search, bar, extra, tokens):
     sampler = TokenToy() if tokens else GaussianToy(steps=12)
@@ -320,7 +320,7 @@ def test_any_schedule_keeps_its_plan_and_its_budget(search, bar, extra, tokens):
         assert plan.nfe <= cap and plan.nfe + price * plan.rewards <= cap + price * bar + 1e-6
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=300)
 @given(preset=st.sampled_from(NAMED), cap=st.integers(40, 800))
 def test_more_budget_never_means_fewer_candidates_and_one_more_would_not_fit(preset, cap):
     sampler = GaussianToy(steps=20)

@@ -86,14 +86,14 @@ class SuccessiveHalving:
         checks = self._checks(sampler, min(v for v in (self.n, max_nfe and max_nfe // one) if v is not None))
         while True:
             rows = self._widest(sampler, checks, max_nfe)
-            held = zip(checks, pairwise(rows), strict=True)
-            vain = [c for c, (before, after) in held if not _pays(before, after, price, sampler.nfe(c, end))]
-            if not vain:
+            held = {c: k for c, k in zip(checks, pairwise(rows), strict=True) if k[1] < k[0]}
+            dear = [c for c, (before, after) in held.items() if not _pays(before, after, price, sampler.nfe(c, end))]
+            if not dear:
                 break
-            del checks[vain[-1]]
+            del checks[dear[-1]]
         stages, scores = (0, *checks, end), _scores(rows)
         images = sum(k * sampler.cost(a, b) for k, (a, b) in zip(rows, pairwise(stages), strict=True))
-        search = replace(self, n=rows[0], calls=tuple(checks), keep=tuple(rows[1:]))
+        search = replace(self, n=rows[0], calls=tuple(held), keep=tuple(after for _, after in held.values()))
         return Budgeted(search, _nfe(sampler, stages, rows), images, scores, scores, finals=rows[-1])
 
     def init(self, sampler: Sampler, request: Request) -> SearchState:
@@ -115,13 +115,14 @@ class SuccessiveHalving:
         have = 0 if rows is None else rows.prompt.tolist().count(state.open_prompts[0])
         joining = rows is None or bool(rows.score.isnan().all())  # no check was held so far
         begin, most = (0, search.n) if joining else (rows.stage, have)
-        stages = (begin, *(c for c in search.calls if c > begin), end)
-        planned = (search.n, *search.keep)[1 - len(stages) :]
+        planned = zip(search.calls, pairwise((search.n, *search.keep)), strict=True)
+        checks = {c: after / before for c, (before, after) in planned if c > begin}
+        stages = (begin, *checks, end)
         first = stages[1]
 
         room = math.inf if state.room is None else state.room * sampler.nfe(0, end) + ROUNDING
         paid = have * sampler.nfe(0, first) if joining else 0
-        fitting = (k for k in range(most, 1, -1) if _nfe(sampler, stages, _scaled(planned, k)) - paid <= room)
+        fitting = (k for k in range(most, 1, -1) if _nfe(sampler, stages, _survivors(k, checks)) - paid <= room)
         k = next(fitting, 1)
         if joining and k > have:
             new = sampler.init(state.request, state.request.seeds(have, k, state.open_prompts))
@@ -134,8 +135,8 @@ class SuccessiveHalving:
 
         measured = self.preset == "auto" and self.check_cost is None and k * sampler.nfe(begin, end) - paid <= room
         price = state.price if measured and state.price else 0.0
-        checks = zip(stages[1:-1], _scaled(planned, k)[1:], strict=True)
-        stage, survivors = next((c for c in checks if _pays(k, c[1], price, sampler.nfe(c[0], end))), (end, k))
+        left = zip(checks, _survivors(k, checks)[1:], strict=True)
+        stage, survivors = next((c for c in left if _pays(k, c[1], price, sampler.nfe(c[0], end))), (end, k))
         rows = evaluate(rows if rows.stage == stage else sampler.advance(rows, stage))
         state = replace(state, round=state.round + 1, cut=state.cut or k < most)
         if stage == end:
@@ -161,7 +162,7 @@ class SuccessiveHalving:
         return {c: kept for c, kept in zip(stages, keep, strict=True) if c < sampler.num_stages}
 
     def _widest(self, sampler: Sampler, checks: Mapping[int, float | int], max_nfe: int | None) -> list[int]:
-        """K_0 ... K_J."""
+        """K_0 ... K_J with the most candidates that fit, what is left of the budget spent on wider checks."""
         if max_nfe is None:
             return _survivors(self.n, checks)
         stages, bar = (0, *checks, sampler.num_stages), max_nfe // sampler.nfe(0, sampler.num_stages)
@@ -182,17 +183,10 @@ class SuccessiveHalving:
 
 
 def _survivors(n: int, checks: Mapping[int, float | int]) -> list[int]:
+    """K_0 ... K_J from K_0 = n."""
     rows = [n]
     for a in checks.values():
         rows.append(min(rows[-1], a if isinstance(a, int) else max(1, math.floor(a * rows[-1] + 0.5 + ROUNDING))))
-    return rows
-
-
-def _scaled(planned: Sequence[int], k: int) -> list[int]:
-    """``k`` candidates, and how many of them go on from each check, in the proportions of the plan."""
-    rows = [k]
-    for before, after in pairwise(planned):
-        rows.append(max(1, (2 * rows[-1] * after + before) // (2 * before)))
     return rows
 
 
