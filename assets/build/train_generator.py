@@ -178,11 +178,23 @@ def flow_loss(model: Velocity, x: Tensor, noise: Tensor, level: Tensor, ids: Ten
     return (velocity.float() - (noise - x)).square().flatten(1).mean(1)
 
 
-def optimizers(model: Velocity, head: nn.Linear) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the transformer's blocks, AdamW for everything else."""
-    matrices = [p for n, p in model.named_parameters() if "transformer_blocks" in n and p.ndim == 2]
+def head_for(width: int) -> nn.Linear:
+    """Features of a latent token -> logits of class and colour, box corners."""
+    return nn.Linear(width, len(scenes.CLASSES) + NATURAL + 6)
+
+
+def sampling_weights(cache: SceneCache) -> np.ndarray:
+    """Probabilities of the training scenes (those not held out), by task."""
+    weights = np.array([TAG_WEIGHTS[metadata["tag"]] for metadata in cache.metadata[: SCENES - VALIDATION]])
+    return weights / weights.sum()
+
+
+def optimizers(*models: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside transformer blocks, AdamW for everything else (tables of biases are no matrices)."""
+    named = [pair for model in models for pair in model.named_parameters()]
+    matrices = [p for n, p in named if "transformer_blocks" in n and p.ndim == 2 and not n.endswith("table")]
     chosen = {id(p) for p in matrices}
-    others = [p for p in (*model.parameters(), *head.parameters()) if id(p) not in chosen]
+    others = [p for _, p in named if id(p) not in chosen]
     return [
         torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.99), weight_decay=0.01),
@@ -206,11 +218,10 @@ def train(pipeline: CogView4Pipeline, work: Path, deadline: float) -> None:
     latents = torch.from_numpy(np.load(work / "latents.npy"))
     ids = encode_captions(pipeline.tokenizer, [metadata["prompt"] for metadata in cache.metadata])
     empty = encode_captions(pipeline.tokenizer, [""])
-    weights = np.array([TAG_WEIGHTS[metadata["tag"]] for metadata in cache.metadata[: SCENES - VALIDATION]])
-    weights /= weights.sum()
+    weights = sampling_weights(cache)
 
     model = Velocity(pipeline)
-    head = nn.Linear(256, len(scenes.CLASSES) + NATURAL + 6)
+    head = head_for(256)
     averaged = copy.deepcopy(pipeline)
     average = Velocity(averaged).requires_grad_(False)
     steppers = optimizers(model, head)
