@@ -50,7 +50,9 @@ from transformers import AutoTokenizer, GlmModel
 from visearch.assets import path, scenes
 
 SEED, EMA, ALIGNED_BLOCK, WIDTH = 3, 0.998, 3, 192
-SAVE_EVERY, EXPORT_EVERY, EVALUATE_EVERY = 300, 900, 1800  # seconds
+SAVE_EVERY = 300  # seconds
+# seconds of processor time, so that a busy machine does not spend what little it leaves on measuring
+EXPORT_EVERY, EVALUATE_EVERY = 600, 1500
 GUIDANCE = 5.0
 # the class would bin 64 x 64 to the resolutions of large models; its default of 300 tokens gives the same, slower
 CALL = {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": TEXT_LENGTH}
@@ -238,7 +240,7 @@ def fit(
     Args:
         name: of the checkpoint, log and export in ``work``.
         losses_of: step number -> named losses, already weighted; their sum is minimised.
-        measure: averaged transformer -> a row for the log, every half hour and at the end.
+        measure: averaged transformer -> a row for the log, every 25 minutes of processor time and at the end.
         deadline: in seconds since the epoch.
         rate: factor on the learning rates of train_generator.py.
         warm_up: steps of linear warm-up.
@@ -259,7 +261,8 @@ def fit(
         spent, step = state["spent"], state["step"]
     total = spent + deadline - time.time()
     begin = time.time() - spent
-    last_saved = last_exported = last_measured = last_logged = spent
+    last_saved = last_logged = spent
+    last_exported = last_measured = last_logged_processor = time.process_time()
     recent: list[dict[str, float]] = []
 
     def write(row: dict) -> None:
@@ -290,9 +293,11 @@ def fit(
         finished = time.time() >= deadline or step == steps
         if step % 100 == 0:
             means = {key: round(float(np.mean([row[key] for row in recent])), 5) for key in recent[0]}
-            spent = time.time() - begin
-            write({**means, "images_per_second": round(len(recent) * BATCH / (spent - last_logged), 1)})
-            recent, last_logged = [], spent
+            spent, processor = time.time() - begin, time.process_time()
+            speeds = [len(recent) * BATCH / past for past in (spent - last_logged, processor - last_logged_processor)]
+            names = ("images_per_second", "images_per_processor_second")
+            write({**means, **{key: round(speed, 1) for key, speed in zip(names, speeds, strict=True)}})
+            recent, last_logged, last_logged_processor = [], spent, processor
         if spent - last_saved > SAVE_EVERY or finished:
             state = {
                 "model": model.state_dict(),
@@ -304,13 +309,13 @@ def fit(
             torch.save(state, saved.with_suffix(".tmp"))
             saved.with_suffix(".tmp").replace(saved)
             last_saved = spent
-        if spent - last_exported > EXPORT_EVERY or finished:
+        if time.process_time() - last_exported > EXPORT_EVERY or finished:
             export(average, work / name)
-            last_exported = spent
-        if spent - last_measured > EVALUATE_EVERY or finished:
+            last_exported = time.process_time()
+        if time.process_time() - last_measured > EVALUATE_EVERY or finished:
             write(measure(average))
-            last_measured = last_logged = time.time() - begin
-            recent = []
+            last_measured = last_logged_processor = time.process_time()
+            last_logged, recent = time.time() - begin, []
         if finished:
             break
 
