@@ -70,6 +70,23 @@ def test_the_commands_in_the_result_give_the_same_pixels_again(run, tmp_path):
         assert largest_difference(folder / picture, again / picture) <= 1
 
 
+def test_halving_leaves_its_schedule_and_what_it_dropped(run, tmp_path):
+    words = ("--search", "halving", "--n", "6", "--set", "preset=psp", "--steps", "4")
+    status, out, err, folder = run(*words)
+    result = json.loads((folder / "result.json").read_text())
+    assert status == 0 and "2 of 6 candidates finished, 26 model rows" in out and "26/26" in err
+    schedule = {"name": "halving", "n": 6, "preset": "psp", "calls": [1, 2], "keep": [3, 2], "check_cost": None}
+    assert result["search"] == schedule and result["price_of_a_check"] > 0
+    assert [c["stage"] for c in result["pruned"]] == [1, 1, 1, 2] and len(result["ranking"]) == 2
+    everyone = [c["candidate"] for c in (*result["pruned"], *result["ranking"])]
+    assert sorted(everyone) == list(range(6)) and all(c["seed"] for c in result["pruned"] if c["candidate"])
+    for which in ("command", "winner_command"):
+        assert main([*shlex.split(result[which])[1:], "--out", str(tmp_path / which)]) == 0
+        assert largest_difference(folder / "winner.png", tmp_path / which / "winner.png") <= 1
+    explicit = run("--search", "halving", "--n", "6", "--set", "calls=.25,2", "--set", "keep=.5,2", "--steps", "4")[3]
+    assert json.loads((explicit / "result.json").read_text())["winner"]["seed"] == result["winner"]["seed"]
+
+
 def test_held_out_rewards_score_both_pictures(run):
     status, out, _, folder = run("--n", "2", "--held-out", "brightness", reward="brightness")
     result = json.loads((folder / "result.json").read_text())
@@ -93,6 +110,10 @@ def test_budgets(run):
         ((), {"reward": "brightnes"}, "unknown reward 'brightnes'; did you mean 'brightness'?"),
         ((), {"prompt": "   "}, "is empty"),
         (("--max-nfe", "3"), {}, "max_nfe=3 a prompt is too small: one candidate costs 4 model rows"),
+        (("--set", "m=3"), {}, "--set m=3: give NAME=VALUE; best-of-n has n, batch"),
+        (("--set", "batch"), {}, "--set batch: give NAME=VALUE"),
+        (("--search", "halving", "--set", "preset=pps"), {}, "preset='pps' is unknown; use auto, psp"),
+        (("--search", "halving", "--set", "calls=.4"), {}, "one entry a check"),
         (("--max-nfe", "0"), {}, "max_nfe=0 must be greater than 0"),
         (("--steps", "0"), {}, "--steps 0 must be at least 1"),
         (("--device", "cuda:99"), {}, "--device cuda:99 is not available here"),

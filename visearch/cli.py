@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import shlex
 import sys
@@ -27,6 +28,8 @@ examples:
       eight candidates of the embedded model, the best by its CLIP
   visearch run "a photo of a red car" --n 32 --max-seconds 20 --held-out judge-a
       at most 20 seconds; judge A scores baseline and winner, the search never sees it
+  visearch run "a photo of two cows" --search halving --n 16 --set preset=psp
+      sixteen begin; after a quarter and after half of the steps the worse half by preview is dropped
   visearch run "a cat" --model stabilityai/stable-diffusion-xl-base-1.0 --dtype float16 --offload model \\
       --reward open-clip:ViT-H-14/laion2b_s32b_b79k
       any diffusers pipeline by hub id or folder, any open_clip model as reward
@@ -73,6 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     what = run.add_argument_group("search")
     what.add_argument("--search", default="best-of-n", metavar="NAME", help=f"one of: {', '.join(SEARCHES)}")
     what.add_argument("--n", type=int, default=8, help="candidates (default %(default)s)")
+    what.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a hyperparameter of the search, such as preset=psp or calls=.4,.7; may be repeated",
+    )
     what.add_argument(
         "--reward",
         default="emoji-clip",
@@ -143,7 +153,7 @@ def _run(options: argparse.Namespace) -> int:
     from visearch.budget import Budget
     from visearch.wrap import make_search
 
-    search = make_search(options.search, n=options.n)
+    search = make_search(options.search, **{"n": options.n, **_hyperparameters(options)})
     budget = Budget(options.max_nfe, options.max_seconds, options.target, options.patience)
     out = check_folder(options.out or Path("outputs") / _slug(options.prompt))
     found = search_once(options, options.prompt, search, budget)
@@ -154,11 +164,30 @@ def _run(options: argparse.Namespace) -> int:
     return EXIT_OK if written and found.result.error is None else EXIT_FAILED
 
 
+def _hyperparameters(options: argparse.Namespace) -> dict[str, Any]:
+    """What ``--set`` says; values are Python literals, all else is text."""
+    known = [f.name for f in dataclasses.fields(SEARCHES.load(options.search))]
+    given = {}
+    for setting in options.set:
+        name, equals, value = setting.partition("=")
+        if not equals or name not in known:
+            raise ValueError(f"--set {setting}: give NAME=VALUE; {options.search} has {', '.join(known)}")
+        try:
+            given[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            given[name] = value
+    return given
+
+
 @dataclass(frozen=True)
 class Found:
-    """One search of one prompt with everything that is reported about it."""
+    """One search of one prompt with everything that is reported about it.
+
+    ``search`` is cut to the budget; ``price`` is what one decode and score cost in model rows, as measured.
+    """
 
     search: Any
+    price: float | None
     reward: Any
     result: Any
     winner: dict[str, Any]
@@ -212,7 +241,7 @@ def search_once(options: argparse.Namespace, prompt: str, search: Any, budget: A
         for candidate, value in zip((ranking[0], first), values, strict=True):
             candidate.setdefault("held_out", {})[judge.name] = value
     notes = {judge.name: getattr(judge, "note", "") for judge in held_out}
-    return Found(search, reward, result, ranking[0], first, images, call, notes)
+    return Found(plan.search, step.state.price, reward, result, ranking[0], first, images, call, notes)
 
 
 def make_baseline() -> Any:
@@ -306,7 +335,7 @@ def winner_command(options: argparse.Namespace, found: Found) -> str:
     """Regenerates the winner alone where a seed suffices, else repeats the whole search."""
     if len(found.winner["lineage"]) > 1:
         return command_line(options)
-    limits = dict.fromkeys(("max_nfe", "max_seconds", "target", "patience"))
+    limits = {**dict.fromkeys(("max_nfe", "max_seconds", "target", "patience")), "set": []}
     return command_line(options, search="best-of-n", n=1, seed=found.winner["seed"], **limits)
 
 
@@ -315,7 +344,7 @@ def _write(out: Path, options: argparse.Namespace, found: Found) -> bool:
 
     result, ranking = found.result, found.result.ranking
     captions = [f"{c['score']:.3f}  #{c['id']}\nseed {c['seed']}" for c in ranking]
-    title = f"{options.prompt}   |   {options.search}, {len(ranking)} candidates, {found.reward.name}"
+    title = f"{options.prompt}   |   {options.search}, {_count(result)}, {found.reward.name}"
     content = {
         "prompt": options.prompt,
         "model": options.model,
@@ -328,6 +357,8 @@ def _write(out: Path, options: argparse.Namespace, found: Found) -> bool:
         "winner": found.winner,
         "baseline": found.baseline,
         "ranking": ranking,
+        "pruned": result.pruned,
+        "price_of_a_check": found.price,
         "ledger": result.ledger.as_dict(),
         "command": command_line(options),
         "winner_command": winner_command(options, found),
@@ -356,7 +387,7 @@ def _tell(options: argparse.Namespace, found: Found, written: bool) -> None:
     gain = found.winner["score"] - found.baseline["score"]
     print(
         f"{found.reward.name}: {found.baseline['score']:.3f} sampled once, {found.winner['score']:.3f} searched "
-        f"({gain:+.3f}); {len(result.ranking)} candidates, {spent['nfe']} model rows, {spent['seconds']['total']:.1f} s"
+        f"({gain:+.3f}); {_count(result)}, {spent['nfe']} model rows, {spent['seconds']['total']:.1f} s"
     )
     for name, value in found.winner.get("held_out", {}).items():
         once, note = found.baseline["held_out"][name], found.notes[name]
@@ -366,6 +397,11 @@ def _tell(options: argparse.Namespace, found: Found, written: bool) -> None:
         print(f"{reason.get(result.stopped, f'stopped: {result.stopped}')}; the best of what was finished is kept")
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+
+
+def _count(result: Any) -> str:
+    finished, pruned = len(result.ranking), len(result.pruned)
+    return f"{finished} of {finished + pruned} candidates finished" if pruned else f"{finished} candidates"
 
 
 def _slug(text: str) -> str:
