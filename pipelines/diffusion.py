@@ -17,7 +17,7 @@ from torch import Tensor
 from visearch.pipelines import flow
 from visearch.pipelines.flow import Level
 from visearch.pipelines.prompts import COUNTS
-from visearch.pipelines.replay import Replay, Schedule, batch
+from visearch.pipelines.replay import Layout, Replay, Schedule, batch
 from visearch.protocols import (
     EtaStep,
     Event,
@@ -30,11 +30,14 @@ from visearch.protocols import (
     Sde,
     Seed,
     Transition,
+    stable_hash,
 )
 
 __all__ = ["DiffusionSampler"]
 
 _RESERVED = {"prompt", "generator", "latents", "return_dict", *COUNTS}
+_STREAMS = ("rng_start", "ambient")
+_WHOLE = "out.0.sample"  # what a whole run gave, in place of what a step gave
 
 
 class DiffusionSampler:
@@ -45,8 +48,8 @@ class DiffusionSampler:
     its generator bit for bit; in a batch of another size, up to what kernels differ between shapes.
 
     Rows of several prompts share a batch if their encoded prompts have the same shapes; each prompt is encoded alone
-    and once a request. Rows run one by one where the pipeline's rows would not leave each other alone
-    (:attr:`visearch.pipelines.replay.Replay.together`).
+    and once a request. Where a self-check finds that the pipeline's rows would not leave each other alone, they run
+    one by one; where its loop cannot be resumed, one stage is one whole run (:attr:`strategy`).
 
     State of a row: at stage 0 its ``noise``; later what ``scheduler.step`` returned (``out.*``), the clean estimate
     (``x0.*``) and the scheduler's history (``scheduler.*``); always ``rng_start``, the stream as the call begins.
@@ -73,12 +76,29 @@ class DiffusionSampler:
     ) -> None:
         self.call = dict(call or {})
         self.decode_batch = decode_batch
-        self.meter: Meter = NullMeter()
+        self._meter: Meter = NullMeter()
         self.transition: Transition = Ode()
         _refuse_reserved(self.call)
         self.shared = _Shared(Replay(pipe, self.call, {"prompt": "a photo", **(example or {})}))
         self.num_stages = self.schedule.stages
-        self.milestones = tuple(range(1, self.num_stages + 1))
+        self.milestones = tuple(range(self.schedule.preview_from, self.num_stages + 1))
+
+    @property
+    def strategy(self) -> str:
+        """``"batch"``, ``"rows"`` (one by one) or ``"whole"`` (whole runs only, one stage)."""
+        return self.replay.strategy
+
+    @property
+    def meter(self) -> Meter:
+        """Told about every real model call; also, when it is set, about those that the self-check had to make."""
+        return self._meter
+
+    @meter.setter
+    def meter(self, meter: Meter) -> None:
+        self._meter = meter
+        while self.replay.spent and not isinstance(meter, NullMeter):
+            rows, seconds = self.replay.spent.pop()
+            meter.forward(rows, seconds, "probe", 0.0)
 
     @property
     def pipe(self) -> Any:
@@ -109,6 +129,7 @@ class DiffusionSampler:
             self.shared.request = request
             self.shared.encoded.clear()
             self.replay.prompts.clear()
+            self.replay.memo.clear()
 
     # --- levels and costs ---
 
@@ -146,16 +167,24 @@ class DiffusionSampler:
         self.request = request
         device = next((str(g.device) for g in request.generators if g is not None), "cpu")
         rng_start = [request.generator(seed, device).get_state() for seed in seeds]
+        # what a pipeline draws without its generator comes from the global stream: candidate 0 finds it as it is now
+        own = torch.get_rng_state()
+        ambient = [
+            own if seed.candidate == 0 else torch.Generator().manual_seed(stable_hash("ambient", seed.value)).get_state()
+            for seed in seeds
+        ]
         prompts = [seed.prompt for seed in seeds]
         noise: list[Tensor | None] = [None] * len(seeds)
         rng = list(rng_start)
+        tensors = {"rng_start": torch.stack(rng_start), "ambient": torch.stack(ambient)}
+        fields: dict[str, Any] = {"clock": 0}
         for rows in _groups(prompts if self.replay.together else range(len(prompts))):
-            run = self._run(prompts, rows, rng_start, device=device, stop=0)
+            if self.strategy == "whole":
+                break
+            run = self._run(prompts, rows, tensors, device=device, stop=0)
             for i, row in enumerate(rows):
                 rng[row] = run.rng[i]
                 noise[row] = None if run.drawn is None else run.drawn[i]
-        tensors = {"rng_start": torch.stack(rng_start)}
-        fields: dict[str, Any] = {"clock": 0}
         if noise[0] is not None:
             tensors["noise"] = torch.stack(noise)
             fields["noise_shape"] = list(noise[0].shape)
@@ -179,23 +208,25 @@ class DiffusionSampler:
             return population
         if not population.stage < to <= self.num_stages:
             raise ValueError(f"cannot advance from stage {population.stage} to {to}; stages end at {self.num_stages}")
-        prompts = population.prompt.tolist()
+        if self.strategy == "whole":
+            return self._run_whole(population)
+        prompts, old = population.prompt.tolist(), population.state
         states, streams, order = [], list(population.rng), []
         for rows in _groups([self._batch_key(p) if self.replay.together else row for row, p in enumerate(prompts)]):
             run = self._run(
                 prompts,
                 rows,
-                population.state.tensors["rng_start"],
+                old.tensors,
                 rng=[population.rng[r] for r in rows],
                 device=population.rng_device,
-                state=population.state if len(rows) == len(population) else population.state.select(torch.tensor(rows)),
+                state=old if len(rows) == len(population) else old.select(torch.tensor(rows)),
                 stop=self.schedule.ends[to],
                 transition=self.transition,
             )
             state = run.captured
-            if "noise_shape" in population.state.fields:
-                state = replace(state, fields={**state.fields, "noise_shape": population.state.fields["noise_shape"]})
-            states.append(state)
+            if "noise_shape" in old.fields:
+                state = replace(state, fields={**state.fields, "noise_shape": old.fields["noise_shape"]})
+            states.append(_with(state, ambient=old.tensors["ambient"][rows]))
             order += rows
             for row, stream in zip(rows, run.rng, strict=True):
                 streams[row] = stream
@@ -214,16 +245,22 @@ class DiffusionSampler:
             return population
         if population.stage == 0:
             raise ValueError("stage 0 is pure noise and has no preview; advance at least one stage")
-        old, tensors = population.state.tensors, {"rng_start": population.state.tensors["rng_start"]}
-        for name, value in old.items():
-            if name.startswith("out."):
-                x0 = old.get(f"x0.{name.split('.')[1]}")
-                if x0 is None:
-                    self._level(population.stage)  # says what to do
-                    raise ValueError("this pipeline's steps give no clean estimate; score finished rows only")
-                tensors[name] = x0 if value.shape == x0.shape else value
-        fields = {k: v for k, v in population.state.fields.items() if k != "schedulers"}
-        state = RowState(tensors, dict.fromkeys(tensors, 0), {**fields, "clock": self.schedule.calls})
+        if population.stage < self.milestones[0]:
+            raise ValueError(
+                f"stage {population.stage} comes before the last of this pipeline's loops and has no preview; "
+                f"advance to stage {self.milestones[0]} at least"
+            )
+        old = population.state
+        tensors = {k: v for k, v in old.tensors.items() if k in _STREAMS or k.startswith(("out.", "ended."))}
+        for slot in old.fields["schedulers"]:
+            x0 = old.tensors.get(f"x0.{slot}")
+            if x0 is None:
+                self._level(population.stage)  # says what to do
+                raise ValueError("this pipeline's steps give no clean estimate; score finished rows only")
+            names = [n for n in tensors if n.startswith(f"out.{slot}.") and tensors[n].shape == x0.shape]
+            tensors |= dict.fromkeys(names, x0)
+        fields = {k: v for k, v in old.fields.items() if k != "schedulers"}
+        state = _state(old, tensors, {**fields, "clock": self.schedule.calls})
         return replace(population, stage=self.num_stages, state=state)
 
     def renoise(self, population: Population, to_stage: int, seeds: Sequence[int]) -> Population:
@@ -238,13 +275,14 @@ class DiffusionSampler:
             ValueError: ``to_stage`` is not earlier; the scheduler cannot begin in the middle (PNDM, LMS); or stage 0
                 is asked for of a pipeline that packs its latents and does not begin from pure noise.
         """
+        self._refuse_moves()
         if not 0 <= to_stage < population.stage:
             raise ValueError(f"cannot re-noise from stage {population.stage} to {to_stage}; give an earlier stage")
         streams, old = self._streams(population, seeds), population.state
         clock = self.schedule.ends[to_stage]
 
         def back(slot: int, x: Tensor) -> Tensor:
-            noise = _normal(x.shape, streams, x)
+            noise = _normal(x.shape, streams, x.device, old.axes[f"out.{slot}.prev_sample"])
             moved = flow.renoise(x.float(), noise, self._level(population.stage, slot), self._level(to_stage, slot))
             return moved.to(x)
 
@@ -254,16 +292,16 @@ class DiffusionSampler:
             if shape is None:
                 raise ValueError("the initial noise of this pipeline is not known; re-noise to stage 1 or later")
             if level.alpha == 0:
-                noise = _normal((len(population), *shape), streams, x)
+                noise = _normal((len(population), *shape), streams, x.device)
             elif list(x.shape[1:]) == shape:
                 noise = back(0, x) / self.shared.noise_scale(x)
             else:
                 raise ValueError("latents are packed and stage 0 is not pure noise; re-noise to stage 1 or later")
-            tensors = {"rng_start": old.tensors["rng_start"], "noise": noise}
+            tensors = {**{k: old.tensors[k] for k in _STREAMS}, "noise": noise}
             state = RowState(tensors, dict.fromkeys(tensors, 0), {"clock": 0, "noise_shape": shape})
         else:
             self._refuse_history()
-            tensors = {"rng_start": old.tensors["rng_start"]}
+            tensors = {k: old.tensors[k] for k in _STREAMS}
             for name, x in old.tensors.items():
                 if name.startswith("out."):
                     slot = int(name.split(".")[1])
@@ -290,6 +328,7 @@ class DiffusionSampler:
             raise ValueError(f"strength is {strength}; it must lie in [0, 1]")
         if strength == 0:
             return population
+        self._refuse_moves()
         if population.stage == self.num_stages:
             raise ValueError("rows at the last stage have no noise to perturb; re-noise them to an earlier stage")
         streams, old = self._streams(population, seeds), population.state
@@ -298,7 +337,7 @@ class DiffusionSampler:
             if "noise" not in tensors:
                 raise ValueError("the initial noise of this pipeline is not known; perturb at stage 1 or later")
             x, pure = tensors["noise"], Level(0.0, 1.0)
-            noise = _normal(x.shape, streams, x)
+            noise = _normal(x.shape, streams, x.device)
             tensors["noise"] = flow.perturb(x.float(), torch.zeros_like(noise), noise, pure, strength).to(x)
             state = replace(old, tensors=tensors)
         else:
@@ -307,7 +346,7 @@ class DiffusionSampler:
                 slot = int(name.split(".")[1])
                 x, level = tensors[name], self._level(population.stage, slot)
                 x0 = tensors[f"x0.{slot}"].float()
-                noise = _normal(x.shape, streams, x)
+                noise = _normal(x.shape, streams, x.device, old.axes[name])
                 tensors[name] = flow.perturb(x.float(), x0, noise, level, strength).to(x)
             state = self._restarted(old, tensors, old.fields["clock"])
         return self._moved(population, "perturb", population.stage, state, streams, seeds, strength)
@@ -325,10 +364,34 @@ class DiffusionSampler:
     def decode(self, population: Population) -> Tensor:
         """Images (B, 3, H, W) or videos (B, F, 3, H, W) of rows at the last stage, float in [0, 1].
 
-        The pipeline's own decoding, by replay of a loop in which nothing runs.
+        The pipeline's own decoding, by replay of a loop in which nothing runs. What is not an image comes as the
+        pipeline gives it: audio (B, channels, samples), embeddings (B, D).
         """
-        parts = [o[0] for o in self._outputs(population, {"output_type": "pt", "return_dict": False})]
-        return torch.cat([torch.as_tensor(np.stack(p) if isinstance(p, list) else p) for p in parts])
+        if self.strategy == "whole" and _WHOLE in population.state.tensors:
+            return population.state.tensors[_WHOLE]
+        return torch.cat([_pixels(_first(o)) for o in self._in_pixels(lambda kind: self._outputs(population, kind))])
+
+    def _in_pixels(self, run: Callable[[dict[str, Any]], Any]) -> Any:
+        """Run with the first output type that the pipeline takes; some know arrays or images only."""
+        if self.shared.pixels is not None:
+            return run(self.shared.pixels)
+        kinds = [{"output_type": kind} for kind in ("pt", "np", "pil")] if "output_type" in self._parameters else []
+        plain = {"return_dict": False} if "return_dict" in self._parameters else {}
+        for kind in kinds:
+            try:
+                made = run({**kind, **plain})
+            except (ValueError, NotImplementedError, AssertionError, UnboundLocalError) as error:
+                if "output" not in str(error).lower():
+                    raise
+                continue
+            self.shared.pixels = {**kind, **plain}
+            return made
+        self.shared.pixels = plain
+        return run(plain)
+
+    @property
+    def _parameters(self) -> Mapping[str, Any]:
+        return self.replay.parameters
 
     def output(self, population: Population, **overrides: Any) -> Any:
         """What the pipeline's call returns for rows at the last stage, in order, as its own output class.
@@ -337,6 +400,7 @@ class DiffusionSampler:
             population: B rows at the last stage.
             overrides: arguments of the call that replace the request's, such as ``output_type`` or ``return_dict``.
         """
+        overrides = {k: v for k, v in overrides.items() if k in self._parameters}
         return _merge(self._outputs(population, overrides, callbacks=True))
 
     def _outputs(self, population: Population, overrides: Mapping[str, Any], callbacks: bool = False) -> list[Any]:
@@ -345,7 +409,9 @@ class DiffusionSampler:
                 f"rows are at stage {population.stage}, only stage {self.num_stages} can be decoded; "
                 "advance them or take predict_x0"
             )
-        prompts = population.prompt.tolist()
+        prompts, old = population.prompt.tolist(), population.state
+        if self.strategy == "whole":
+            return [self._whole(population, row, overrides, callbacks).output for row in range(len(prompts))]
         # the loop computes nothing here, so rows may go through under any prompt; images given per prompt do matter
         text_only = all("prompt" in name for name in self._under_way().per_prompt)
         runs = [list(range(len(prompts)))] if text_only else _consecutive(prompts)
@@ -358,16 +424,42 @@ class DiffusionSampler:
                 run = self._run(
                     [prompts[part[0]]] * len(prompts),
                     part,
-                    population.state.tensors["rng_start"],
+                    old.tensors,
                     rng=[population.rng[r] for r in part],
                     device=population.rng_device,
-                    state=population.state.select(torch.tensor(part)),
+                    state=old.select(torch.tensor(part)),
                     callbacks=callbacks,
                     overrides=overrides,
                 )
                 self.meter.decode(len(part), time.perf_counter() - begin)
                 outputs.append(run.output)
         return outputs
+
+    def _run_whole(self, population: Population) -> Population:
+        """Each row as one plain call, kept as it came out."""
+        samples, streams = [], []
+        for row in range(len(population)):
+
+            def call(kind: dict[str, Any], row: int = row) -> Any:
+                return self._whole(population, row, kind, callbacks=True)
+
+            run = self._in_pixels(call)
+            samples.append(_pixels(_first(run.output)))
+            streams.append(run.rng[0])
+        tensors = {**{k: population.state.tensors[k] for k in _STREAMS}, _WHOLE: torch.cat(samples)}
+        state = RowState(tensors, dict.fromkeys(tensors, 0), {"clock": self.schedule.calls})
+        return replace(population, stage=self.num_stages, state=state, rng=tuple(streams))
+
+    def _whole(self, population: Population, row: int, overrides: Mapping[str, Any], callbacks: bool) -> Any:
+        return self._run(
+            population.prompt.tolist(),
+            [row],
+            population.state.tensors,
+            device=population.rng_device,
+            callbacks=callbacks,
+            overrides=overrides,
+            plain=True,
+        )
 
     def view(
         self, transition: Transition | None = None, cache: Any | None = None, guidance: Any | None = None
@@ -394,7 +486,7 @@ class DiffusionSampler:
         self,
         prompts: Sequence[int],
         rows: Sequence[int],
-        rng_start: Sequence[Tensor] | Tensor,
+        streams: Mapping[str, Tensor],
         overrides: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Any:
@@ -403,13 +495,15 @@ class DiffusionSampler:
         call = {**request.call, **self.call, **(overrides or {})}
         own = [prompts[r] for r in rows]
         texts = {"prompt": request.prompts, **request.per_prompt}
+        texts = {k: v for k, v in texts.items() if k in self._parameters}
         texts = {k: v for k, v in texts.items() if any(v[p] is not None for p in own)}
         number = self.replay.number
         if len(set(own)) == 1 and (number or len(rows) == 1):
             call |= {k: v[own[0]] for k, v in texts.items()} | ({number: len(rows)} if number else {})
         else:
             call |= {k: batch([v[p] for p in own]) for k, v in texts.items()}
-        run = self.replay.run(call, [rng_start[r] for r in rows], meter=self.meter, **options)
+        starts, ambient = [streams["rng_start"][r] for r in rows], streams["ambient"][rows[0]]
+        run = self.replay.run(call, starts, ambient=ambient, meter=self.meter, **options)
         if len(set(own)) == 1:
             self.shared.encoded[own[0]] = run.described
         return run
@@ -434,6 +528,16 @@ class DiffusionSampler:
             raise ValueError(f"{len(seeds)} seeds for {len(population)} rows; give one a row")
         return [torch.Generator(population.rng_device).manual_seed(int(s)) for s in seeds]
 
+    def _refuse_moves(self) -> None:
+        if self.strategy == "whole":
+            raise ValueError(f"{type(self.pipe).__name__} runs whole only ({self.replay.reason}); its rows cannot move")
+        slots = self.schedule.slots
+        if self.milestones[0] > 1 or any(layout.blocks > 1 for layout in self.replay.layouts.values()):
+            raise ValueError(
+                f"{type(self.pipe).__name__} steps {len(set(slots))} loops in turn, or several samples a row; its rows "
+                "cannot be re-noised or perturbed: use a search that only selects"
+            )
+
     def _refuse_history(self) -> None:
         for scheduler in self.replay.schedulers:
             if isinstance(scheduler, (PNDMScheduler, LMSDiscreteScheduler)):
@@ -444,13 +548,11 @@ class DiffusionSampler:
 
     def _restarted(self, old: RowState, tensors: dict[str, Tensor], clock: int) -> RowState:
         """State at a clock with schedulers that have no history."""
-        schedule = self.schedule
-        schedulers = {
-            str(slot): {} if first is None else {"_step_index": first + schedule.slots[:clock].count(slot)}
-            for slot, first in enumerate(schedule.first_index)
-        }
-        fields = {**old.fields, "clock": clock, "schedulers": schedulers}
-        return RowState(tensors, dict.fromkeys(tensors, 0), fields)
+        schedule, schedulers = self.schedule, {}
+        for slot, first in enumerate(schedule.first_index):
+            fields = {} if first is None else {"_step_index": first + schedule.slots[:clock].count(slot)}
+            schedulers[str(slot)] = {"layout": list(Layout()), "fields": fields}
+        return _state(old, tensors, {**old.fields, "clock": clock, "schedulers": schedulers})
 
     def _moved(
         self,
@@ -479,6 +581,7 @@ class _Shared:
         self.replay = replay
         self.request: Request | None = None
         self.encoded: dict[int, list] = {}  # prompt -> description of what encode_prompt gave
+        self.pixels: dict[str, Any] | None = None  # arguments with which the pipeline gives tensors, once found
 
     def noise_scale(self, like: Tensor) -> float:
         """What the pipeline multiplies the drawn noise with, to make its first sample."""
@@ -513,10 +616,44 @@ def _consecutive(keys: Sequence[Any]) -> list[list[int]]:
     return groups
 
 
-def _normal(shape: Sequence[int], streams: Sequence[torch.Generator], like: Tensor) -> Tensor:
-    """Standard normal float32, one row a stream, on the device of ``like``."""
-    rows = [torch.randn(tuple(shape[1:]), generator=g, device=g.device) for g in streams]
-    return torch.stack(rows).to(like.device)
+def _normal(
+    shape: Sequence[int], streams: Sequence[torch.Generator], device: torch.device, axis: int = 0
+) -> Tensor:
+    """Standard normal float32, one stream a row, rows along ``axis``."""
+    own = [n for i, n in enumerate(shape) if i != axis]
+    return torch.stack([torch.randn(own, generator=g, device=g.device) for g in streams], axis).to(device)
+
+
+def _state(old: RowState, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> RowState:
+    """A state some tensors of which are new; rows lie where they lay in ``old``."""
+    return RowState(tensors, {name: old.axes.get(name, 0) for name in tensors}, fields)
+
+
+def _with(state: RowState, **tensors: Tensor) -> RowState:
+    """A state with more tensors, rows along their first axis."""
+    return replace(state, tensors={**state.tensors, **tensors}, axes={**state.axes, **dict.fromkeys(tensors, 0)})
+
+
+def _first(output: Any) -> Any:
+    """What a pipeline returns first, whatever it wraps it in."""
+    if isinstance(output, (tuple, list)) or not hasattr(output, "keys"):
+        return output[0] if isinstance(output, tuple) else output
+    return next(v for v in output.values() if v is not None)
+
+
+def _pixels(samples: Any) -> Tensor:
+    """A pipeline's samples as one tensor, whatever form they have; images channels first."""
+    if torch.is_tensor(samples):
+        return samples
+    if isinstance(samples, list) and samples and torch.is_tensor(samples[0]):
+        return torch.stack(samples)
+    if isinstance(samples, list) and samples and isinstance(samples[0], list):
+        return torch.stack([_pixels(s) for s in samples])
+    images = isinstance(samples, list) and hasattr(samples[0], "convert")
+    array = np.stack([np.asarray(s.convert("RGB")) / np.float32(255) for s in samples]) if images else np.asarray(samples)
+    pixels = torch.as_tensor(array)
+    # arrays of images come channels last
+    return pixels.movedim(-1, -3) if pixels.ndim >= 4 and pixels.shape[-1] in (1, 3) else pixels
 
 
 def _merge(outputs: Sequence[Any]) -> Any:

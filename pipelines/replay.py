@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import time
 import types
 import warnings
@@ -24,7 +25,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,10 +35,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from visearch.pipelines.flow import Level, eta_step, noise_levels, predict, prediction_type, sde_step
-from visearch.pipelines.prompts import COUNTS, PromptCache, map_tree
-from visearch.protocols import EtaStep, Meter, NullMeter, RowState, Sde, Transition
+from visearch.pipelines.prompts import COUNTS, Memo, PromptCache, map_tree
+from visearch.pipelines.stubs import Stubs, rows_of
+from visearch.protocols import EtaStep, Meter, NullMeter, RowState, Sde, Transition, stable_hash
 
-__all__ = ["Replay", "Schedule"]
+__all__ = ["Layout", "Replay", "Schedule"]
 
 _ABSENT = object()
 
@@ -96,6 +98,24 @@ def _unchanged(owner: Any, but: tuple[str, ...] = ()) -> Iterator[None]:
             value[:] = content
 
 
+@contextmanager
+def _global_stream(state: Tensor | None) -> Iterator[None]:
+    """Torch's global stream on the CPU stands at ``state``, if given; afterwards it is where it was."""
+    found = torch.get_rng_state()
+    if state is not None:
+        torch.set_rng_state(state.cpu().clone())  # torch crashes on a view that does not begin its storage
+    try:
+        yield
+    finally:
+        torch.set_rng_state(found)
+
+
+def _ambient(state: Tensor) -> Tensor:
+    """A state of the global stream that depends on a row's stream only."""
+    seed = stable_hash(state.cpu().numpy().tobytes().hex())
+    return torch.Generator().manual_seed(seed).get_state()
+
+
 # --- trees of tensors -------------------------------------------------------------------------------------------
 
 
@@ -117,48 +137,62 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b)
 
 
-def _rows_of(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, int]:
-    """The batch that a model is called with, and its number of rows."""
-    named = [kwargs[k] for k in ("hidden_states", "sample", "x") if k in kwargs]
-    for value in (*args, *named, *kwargs.values()):
-        if torch.is_tensor(value) and value.ndim:
-            return value, value.shape[0]
-        if isinstance(value, (list, tuple)) and value and torch.is_tensor(value[0]):
-            return value, len(value)
-    raise TypeError("a denoiser was called without a tensor; cannot tell how many rows it ran")
-
-
 # --- scheduler fields <-> RowState ------------------------------------------------------------------------------
 
 
-def _zeros(shapes: Any, seen: int, batch: Any, rows: int) -> Any:
-    """An output like one that was seen, for another number of rows: along first axes, or in lists as the batch is."""
-    listed = not torch.is_tensor(batch)
-    device = batch[0].device if listed else batch.device
+class Layout(NamedTuple):
+    """Where the rows of a tensor lie that a step takes or gives.
 
-    def fit(value: Any, scale: bool = True) -> Any:
-        if torch.is_tensor(value):
-            shape = (value.shape[0] * rows // seen, *value.shape[1:]) if scale and value.ndim else value.shape
-            return torch.zeros(shape, dtype=value.dtype, device=device)
-        if listed and isinstance(value, list):
-            return [fit(value[0], scale=False) for _ in range(rows)]
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(fit, value))
-        if isinstance(value, dict):
-            made = {k: fit(v) for k, v in value.items()}
-            return made if type(value) is dict else type(value)(**made)
-        return value
+    Args:
+        axis: of the pipeline's tensor, with ``blocks * B`` entries along it.
+        blocks: entries a row: 1, or 2 where a pipeline steps on both guidance branches, or frames.
+        rows_first: whether a row's entries are neighbours, or lie one block apart.
+    """
 
-    return fit(shapes)
+    axis: int = 0
+    blocks: int = 1
+    rows_first: bool = False
+
+    @property
+    def row_axis(self) -> int:
+        """Axis of the rows in what :meth:`split` gives."""
+        return self.axis if self.blocks == 1 or self.rows_first else self.axis + 1
+
+    def split(self, value: Tensor, rows: int) -> Tensor:
+        """The tensor with an axis of its own for the rows."""
+        if value.ndim <= self.axis or value.shape[self.axis] != rows * self.blocks:
+            raise ValueError(
+                f"a step gave a tensor of shape {tuple(value.shape)} for {rows} rows with {self.blocks} entries each "
+                f"along axis {self.axis}; pipelines whose loop does not keep its rows apart cannot be replayed"
+            )
+        if self.blocks == 1:
+            return value
+        return value.unflatten(self.axis, (rows, self.blocks) if self.rows_first else (self.blocks, rows))
+
+    def join(self, value: Tensor) -> Tensor:
+        """Inverse of :meth:`split`."""
+        return value if self.blocks == 1 else value.flatten(self.axis, self.axis + 1)
 
 
-def _pack(value: Any, name: str, rows: int, tensors: dict[str, Tensor], axes: dict[str, int | None]) -> Any:
-    """JSON form of a scheduler field; its tensors move to ``tensors`` under ``name``, history by row on axis 0."""
+def _layout(alone: torch.Size, together: torch.Size, rows: int, rows_first: bool) -> Layout:
+    """Where rows lie, from the shapes for one row and for several."""
+    for axis, (one, many) in enumerate(zip(alone, together, strict=True)):
+        if many == rows * one and alone[:axis] == together[:axis] and alone[axis + 1 :] == together[axis + 1 :]:
+            return Layout(axis, one, rows_first)
+    raise ValueError(f"a step gave shape {tuple(alone)} for one row and {tuple(together)} for {rows}")
+
+
+def _pack(
+    value: Any, name: str, rows: int, layout: Layout, tensors: dict[str, Tensor], axes: dict[str, int | None]
+) -> Any:
+    """JSON form of a scheduler field; its tensors move to ``tensors`` under ``name``, history by row."""
     if torch.is_tensor(value):
-        tensors[name], axes[name] = value.clone(), 0 if value.ndim > 1 and value.shape[0] == rows else None
-        return {"tensor": name}
+        own = value.ndim > 1 and value.ndim > layout.axis and value.shape[layout.axis] == rows * layout.blocks
+        tensors[name] = layout.split(value, rows).clone() if own else value.clone()
+        axes[name] = layout.row_axis if own else None
+        return {"tensor": name, "rows": own}
     if isinstance(value, (list, tuple)):
-        return [_pack(v, f"{name}.{i}", rows, tensors, axes) for i, v in enumerate(value)]
+        return [_pack(v, f"{name}.{i}", rows, layout, tensors, axes) for i, v in enumerate(value)]
     if isinstance(value, np.generic):
         return value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -169,10 +203,11 @@ def _pack(value: Any, name: str, rows: int, tensors: dict[str, Tensor], axes: di
     )
 
 
-def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _unpack(value: Any, layout: Layout, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, Mapping):
-        return tensors[value["tensor"]].clone()
-    return [_unpack(v, tensors) for v in value] if isinstance(value, list) else value
+        held = tensors[value["tensor"]]
+        return (layout.join(held) if value["rows"] else held).clone()
+    return [_unpack(v, layout, tensors) for v in value] if isinstance(value, list) else value
 
 
 # --- what is known of a pipeline --------------------------------------------------------------------------------
@@ -183,13 +218,14 @@ class Schedule:
     """What a dry run tells about a pipeline's loop.
 
     Args:
-        slots: per call of ``step``, which scheduler object was called.
+        slots: per call of ``step``, which loop it belonged to.
         ends: clock at the end of each stage, from stage 0; one stage is one pass of the loop, or two for schedulers
             of order 2, whose full step takes two model calls.
         model_rows: per clock, model rows that one candidate costs in the loop's pass before that call.
         levels: per slot, the levels before each of its calls and after the last, or ``None`` where unknown.
         first_index: per slot, the ``_step_index`` at its first call, or ``None`` where the scheduler has none.
         order: of the first scheduler.
+        live: clocks whose model call has to run for real whenever rows are resumed later: it fills a key/value cache.
     """
 
     slots: tuple[int, ...]
@@ -198,6 +234,7 @@ class Schedule:
     levels: tuple[list[Level] | None, ...]
     first_index: tuple[int | None, ...]
     order: int
+    live: tuple[int, ...] = ()
 
     @property
     def calls(self) -> int:
@@ -209,7 +246,18 @@ class Schedule:
 
     def nfe(self, start: int, stop: int) -> int:
         """Model rows that one candidate costs from one stage to another."""
-        return sum(self.model_rows[self.ends[start] : self.ends[stop]])
+        again = [c for c in self.live if c < self.ends[start] < self.calls]
+        return sum(self.model_rows[self.ends[start] : self.ends[stop]]) + sum(self.model_rows[c] for c in again)
+
+    @property
+    def preview_from(self) -> int:
+        """First stage at which every loop has begun, so that there is something to decode."""
+        begun = max(self.slots.index(slot) for slot in set(self.slots)) + 1
+        return next(stage for stage, end in enumerate(self.ends) if end >= begun)
+
+    def last_call(self, clock: int) -> bool:
+        """Whether a clock is the end of a loop."""
+        return self.slots[clock - 1] not in self.slots[clock:]
 
     def level(self, clock: int, slot: int = 0) -> Level | None:
         """Level of a slot's sample at a clock."""
@@ -220,17 +268,25 @@ class Schedule:
 class Replay:
     """Runs parts of one pipeline's loop.
 
+    How rows may be run is found at construction by a self-check: the pipeline's own loop runs with stand-ins for its
+    models (:class:`visearch.pipelines.stubs.Stubs`), once for one row, once for two, and again resumed from the middle
+    with the second row alone. Where all three end in the same latents, rows are replayed together (``"batch"``); where
+    only the resumed row agrees with itself, one by one (``"rows"``): some image-conditioned pipelines refuse batches,
+    or draw what all rows share from the first row's generator. Where not even that holds, only whole runs are left
+    (``"whole"``), and a warning says so.
+
     Args:
         pipe: any diffusers pipeline whose ``__call__`` loops over ``scheduler.step``.
         call: keyword arguments of a call that hold for all rows, without generator and number of images.
         example: keyword arguments that hold for one prompt, for the dry runs.
 
     Attributes:
+        strategy: ``"batch"``, ``"rows"`` or ``"whole"``.
+        reason: why it is not ``"batch"``.
         schedule: the loop's stages and what they cost.
         number: the argument that sets images or videos a prompt, or ``None`` where the call does not honour it: some
             pipelines take it and set it to 1, so their batch is made by repeating the prompt.
-        together: whether rows of a batch leave each other alone. Some image-conditioned pipelines refuse batches, or
-            draw what all rows share from the first row's generator: there, rows have to run one by one.
+        spent: real model calls that the self-check could not avoid: (rows, seconds) each.
 
     Raises:
         ValueError: the pipeline has no scheduler, or its call makes no step.
@@ -246,7 +302,8 @@ class Replay:
                 f"{type(pipe).__name__} has no scheduler with step and set_timesteps; it cannot be replayed"
             )
         self.guiders = {k: c for k, c in components.items() if hasattr(c, "momentum_buffer")}
-        if any(getattr(m, "is_cache_enabled", False) for m in self.modules.values()):
+        self.caching = any(getattr(m, "is_cache_enabled", False) for m in self.modules.values())
+        if self.caching:
             warnings.warn(
                 "a step cache is enabled: it decides for all rows of a batch at once and starts cold when a row is "
                 "resumed, so results depend on the search's path; call disable_cache() for exact replay",
@@ -255,20 +312,25 @@ class Replay:
         self.parameters = inspect.signature(type(pipe).__call__).parameters
         names = inspect.unwrap(type(pipe).__call__).__code__.co_names
         self.has_bar = "progress_bar" in names
-        self.prompts = PromptCache()
-        self.outputs: dict[str, tuple[int, Any]] = {}  # module -> rows and shapes of a real output
+        self.prompts, self.memo, self.stubs = PromptCache(), Memo(), Stubs()
+        self.layouts: dict[tuple[int, str], Layout] = {}
+        self.shapes: dict[tuple[int, str], torch.Size] = {}  # of what steps gave for one row
         self.schedule: Schedule | None = None
-        first, second = (torch.Generator().manual_seed(seed).get_state() for seed in range(2))
-        alone = self._dry_run({**call, **example}, [second])
-        self.schedule = _schedule(alone)
-        number = next((n for n in COUNTS if n in self.parameters), None)
-        repeated = {k: batch([v, v]) for k, v in example.items() if v is not None}
-        ways = [(number, {**example, number: 2})] if number else []
-        self.number, self.together = number, False
-        for name, rows in [*ways, (None, repeated)]:
-            if self._independent({**call, **rows}, [first, second], alone):
-                self.number, self.together = name, True
-                break
+        self.number: str | None = None
+        self.spent: list[tuple[int, float]] = []
+        example = {k: v for k, v in example.items() if k in self.parameters}
+        self.strategy, self.reason = self._check({**call}, example)
+        if self.strategy == "whole":
+            warnings.warn(
+                f"{type(pipe).__name__} cannot be stopped and resumed ({self.reason}): candidates are drawn as whole "
+                "runs, so a search can choose between finished ones only",
+                stacklevel=3,
+            )
+
+    @property
+    def together(self) -> bool:
+        """Whether rows of a batch leave each other alone."""
+        return self.strategy == "batch"
 
     def run(self, call: Mapping[str, Any], rng_start: Sequence[Tensor], **options: Any) -> _Run:
         """One call of the pipeline, or the part of it between two clocks; see :class:`_Run` for the options."""
@@ -276,23 +338,92 @@ class Replay:
         run.execute(dict(call))
         return run
 
-    def _dry_run(self, call: Mapping[str, Any], rng_start: Sequence[Tensor]) -> _Run:
-        if "output_type" in self.parameters:
-            call = {**call, "output_type": "latent"}
-        try:
-            return self.run(call, rng_start, dry=True, callbacks=False)
-        except Exception:
-            # a denoiser whose output is not shaped like its input: let each run once and copy the shapes
-            return self.run(call, rng_start, dry=True, observe=True, callbacks=False)
+    # --- the self-check ---
 
-    def _independent(self, call: Mapping[str, Any], rng_start: Sequence[Tensor], alone: _Run) -> bool:
-        """Whether the second of two rows draws as it does alone."""
+    def _check(self, call: dict[str, Any], example: dict[str, Any]) -> tuple[str, str]:
+        first, second = (torch.Generator().manual_seed(seed).get_state() for seed in range(2))
         try:
-            run = self._dry_run(call, rng_start)
-        except Exception:  # pipelines that cannot take a batch fail in many ways
-            return False
-        noise = alone.drawn is None or torch.equal(run.drawn[1:], alone.drawn)
-        return noise and torch.equal(run.rng[1], alone.rng[0])
+            run, call = self._explore(call, example, second)
+        except _NoSteps:
+            raise
+        except Exception as error:
+            self._whole(call, example, second, error)
+            return "whole", f"its loop does not run with stand-ins: {type(error).__name__}: {error}"
+        self.schedule = _schedule(run)
+        if run.reading and not run.live:
+            return "whole", "its models keep key/value caches between steps in a way that is not known here"
+        marks = sorted({self.schedule.ends[min(1, self.schedule.stages)], self.schedule.ends[self.schedule.stages // 2]})
+        marks = [m for m in marks if 0 < m < self.schedule.calls]
+        number = next((n for n in COUNTS if n in self.parameters), None)
+        repeated = {k: batch([v, v]) for k, v in example.items() if v is not None}
+        ways = [(number, {**example, number: 2})] if number else []
+        reason = "a batch of rows does not end in the latents of its single rows"
+        for name, rows in [*ways, (None, repeated)]:
+            for rows_first in (False, True):
+                self.layouts.clear()
+                try:
+                    pair = self._dry({**call, **rows}, [first, second], learn=rows_first, marks=marks)
+                    alone = self._dry({**call, **example}, [second])
+                    resumed = [self._resumed(call, example, pair, m, 1) for m in marks]
+                except Exception as error:  # pipelines that cannot take a batch fail in many ways
+                    reason = f"a batch of two rows fails: {type(error).__name__}: {error}"
+                    break
+                if all(alone.ends_like(run) for run in resumed) and alone.ends_like(pair, row=1):
+                    self.number = name
+                    return "batch", ""
+                if all(layout.blocks == 1 for layout in self.layouts.values()):
+                    break
+        self.layouts.clear()
+        self.number = number
+        alone = self._dry({**call, **example}, [second], marks=marks)
+        try:
+            if all(alone.ends_like(self._resumed(call, example, alone, m, 0), exact=True) for m in marks):
+                return "rows", _first_line(reason)
+            why = "a resumed row does not end where the uninterrupted one does"
+        except Exception as error:
+            why = f"resuming fails: {type(error).__name__}: {error}"
+        return "whole", _first_line(why)
+
+    def _explore(self, call: dict[str, Any], example: dict[str, Any], start: Tensor) -> tuple[_Run, dict[str, Any]]:
+        """The first dry run, and the arguments with which it works: without decoding where the pipeline allows."""
+        types_ = [{"output_type": "latent"}, {}] if "output_type" in self.parameters else [{}]
+        failure: Exception | None = None
+        for output_type, observe in itertools.product(types_, (False, True)):
+            try:
+                run = self._dry({**call, **example, **output_type}, [start], observe=observe)
+                if not run.slots:
+                    raise _NoSteps(
+                        f"{type(self.pipe).__name__} made no call of scheduler.step; check num_inference_steps"
+                    )
+                return run, {**call, **output_type}
+            except Exception as error:
+                failure = failure or error
+        raise failure
+
+    def _dry(self, call: Mapping[str, Any], rng_start: Sequence[Tensor], **options: Any) -> _Run:
+        # later dry runs know the loop's end and need no decoding
+        stop = None if self.schedule is None else self.schedule.calls
+        return self.run(call, rng_start, dry=True, callbacks=False, stop=stop, **options)
+
+    def _resumed(self, call: dict[str, Any], example: dict[str, Any], run: _Run, mark: int, row: int) -> _Run:
+        state, streams = run.marked[mark]
+        index = torch.tensor([row])
+        return self._dry({**call, **example}, [run.rng_start[row]], state=state.select(index), rng=[streams[row]])
+
+    def _whole(self, call: dict[str, Any], example: dict[str, Any], start: Tensor, error: Exception) -> None:
+        """Count what a plain run costs, by one; a call that fails by itself raises its own error here."""
+        begin = time.perf_counter()
+        run = self.run({**call, **example}, [start], plain=True, callbacks=False)
+        self.spent.append((run.spent, time.perf_counter() - begin))
+        self.schedule = Schedule((0,), (0, 1), (run.spent,), (None,), (None,), 1)
+
+
+class _NoSteps(ValueError):
+    """A call that never steps."""
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n")[0][:200]
 
 
 def batch(values: Sequence[Any]) -> Any:
@@ -301,9 +432,6 @@ def batch(values: Sequence[Any]) -> Any:
 
 
 def _schedule(run: _Run) -> Schedule:
-    name = type(run.replay.pipe).__name__
-    if not run.slots:
-        raise ValueError(f"{name} made no call of scheduler.step; check num_inference_steps")
     order = getattr(run.owners[0], "order", 1)
     passes = _passes(run.slots)
     ends = passes[order - 1 :: order]
@@ -314,6 +442,7 @@ def _schedule(run: _Run) -> Schedule:
         levels=tuple(run.levels),
         first_index=tuple(run.first_index),
         order=order,
+        live=tuple(sorted(run.live)),
     )
 
 
@@ -336,14 +465,18 @@ class _Run:
         replay: the pipeline and what is known of it.
         rng_start: per row, the state of its random stream when the call begins.
         rng: per row, its state at the resume point; default: wherever the call has brought it.
+        ambient: state of torch's global stream when the call begins; it is left as it was found.
         device: of the random streams.
         state: what :meth:`capture` recorded at the resume point, or ``None`` to run from the beginning.
         stop: clock at which to leave, 0 for right before the loop, or ``None`` to finish and return an output.
         transition: stochastic step to take instead of the scheduler's own.
         meter: told about real model calls and encodes.
         callbacks: whether the user's step callback hears of live steps.
-        dry: stub all model calls.
-        observe: in a dry run, make each model's first call real and remember its output's shapes.
+        plain: let everything run for real and only count: a whole run.
+        dry: stand-ins instead of all model calls.
+        observe: in a dry run, find the shapes of each model's output by the model itself.
+        learn: in a dry run of several rows, find where steps keep rows; whether a row's entries are neighbours.
+        marks: clocks at which to record what :meth:`capture` gives, in ``marked``, and to go on.
     """
 
     def __init__(
@@ -352,22 +485,28 @@ class _Run:
         rng_start: Sequence[Tensor],
         *,
         rng: Sequence[Tensor] | None = None,
+        ambient: Tensor | None = None,
         device: str = "cpu",
         state: RowState | None = None,
         stop: int | None = None,
         transition: Transition | None = None,
         meter: Meter | None = None,
         callbacks: bool = True,
+        plain: bool = False,
         dry: bool = False,
         observe: bool = False,
+        learn: bool | None = None,
+        marks: Sequence[int] = (),
     ) -> None:
         self.replay, self.rng_start, self.rng, self.state, self.stop = replay, rng_start, rng, state, stop
-        self.transition, self.callbacks, self.dry, self.observe = transition, callbacks, dry, observe
+        self.transition, self.callbacks, self.plain = transition, callbacks, plain
+        self.dry, self.observe, self.learn, self.marks = dry, observe, learn, marks
         self.meter = NullMeter() if meter is None else meter
         self.rows = len(rng_start)
-        self.generators = [torch.Generator(device) for _ in rng_start]
-        for generator, start in zip(self.generators, rng_start, strict=True):
-            generator.set_state(start.cpu().clone())  # torch crashes on a view that does not begin its storage
+        self.seeded = "generator" in replay.parameters
+        # a pipeline that takes no generator draws from the global stream, which is the row's for the time of the call
+        self.generators = [torch.Generator(device) if self.seeded else torch.default_generator for _ in rng_start]
+        self.ambient = _ambient(rng_start[0]) if ambient is None else ambient
         self.begin = 0 if state is None else int(state.fields["clock"])
         self.noise = None if state is None or self.begin else state.tensors.get("noise")
 
@@ -382,6 +521,11 @@ class _Run:
         self.fresh: dict[int, dict[str, Any]] = {}  # slot -> its fields before stepping
         self.last: dict[int, tuple[dict[str, Tensor], Tensor | None]] = {}  # slot -> outputs and x0 of its last call
         self.model_rows: dict[int, int] = {}
+        self.live: set[int] = set()  # clocks at which a model fills a cache
+        self.reading: set[int] = set()  # clocks at which a model is given a cache
+        self.spent = 0  # model rows of a plain run
+        self.marked: dict[int, tuple[RowState, list[Tensor]]] = {}
+        self.ended: dict[int, list[Tensor]] = {}  # slot -> streams when its loop ended
         self.levels: list[list[Level] | None] = []
         self.first_index: list[int | None] = []
         self.output: Any = None
@@ -391,11 +535,14 @@ class _Run:
 
     def execute(self, call: dict[str, Any]) -> None:
         """Call the pipeline; afterwards ``output`` or ``captured`` is set, and ``rng`` says where the streams are."""
-        pipe, parameters = self.replay.pipe, self.replay.parameters
-        if "generator" in parameters:
-            call["generator"] = self.generators
+        pipe = self.replay.pipe
+        if self.seeded:
+            call["generator"] = self.generators if self.rows > 1 or not self.plain else self.generators[0]
         self._guard_callback(call)
         with ExitStack() as stack:
+            stack.enter_context(_global_stream(self.ambient if self.seeded else None))
+            for generator, start in zip(self.generators, self.rng_start, strict=True):
+                generator.set_state(start.cpu().clone())  # torch crashes on a view that does not begin its storage
             # last to be undone: with model offload it takes hooks off and puts them on again
             stack.callback(pipe.maybe_free_model_hooks)
             # offload hooks are renewed by that call, also inside the pipeline's own code
@@ -411,7 +558,7 @@ class _Run:
                 pass
             finally:
                 self.active = False
-        self.rng = [g.get_state() for g in self.generators]
+            self.rng = [g.get_state() for g in self.generators]
 
     def _shadows(self) -> list[_Shadow]:
         pipe = self.replay.pipe
@@ -422,6 +569,8 @@ class _Run:
             made += [_Shadow(scheduler, "step", self._step), _Shadow(scheduler, "set_timesteps", self._set_timesteps)]
         for name, module in self.replay.modules.items():
             made.append(_Shadow(module, "forward", functools.partial(self._forward, name)))
+            if hasattr(module, "encode") and hasattr(module, "decode"):
+                made.append(_Shadow(module, "encode", functools.partial(self._once, name)))
         return made
 
     def _guard_callback(self, call: dict[str, Any]) -> None:
@@ -458,8 +607,8 @@ class _Run:
         if self.stop == 0:
             raise _Stop
 
-    def _set_streams(self) -> None:
-        for generator, state in zip(self.generators, self.rng, strict=True):
+    def _set_streams(self, states: Sequence[Tensor] | None = None) -> None:
+        for generator, state in zip(self.generators, self.rng if states is None else states, strict=True):
             generator.set_state(state.cpu().clone())
 
     # --- noise ---
@@ -501,67 +650,84 @@ class _Run:
 
     # --- models ---
 
-    def _forward(self, name: str, shadow: _Shadow, *args: Any, **kwargs: Any) -> Any:
-        real, schedule = shadow.__wrapped__, self.replay.schedule
-        if self.replay.prompts.encoding:
-            return self.replay.prompts.encoder(name, real, args, kwargs)
-        if not self.entered and self.timed and not self.replay.has_bar:
-            self._enter()
-        if not self.entered or (schedule is not None and self.clock >= schedule.calls):
+    def _once(self, name: str, shadow: _Shadow, *args: Any, **kwargs: Any) -> Any:
+        """A model outside the loop (image encoders, the VAE's encoder): each input goes through it once a request."""
+        real = shadow.__wrapped__
+        if shadow.owner.training:
             return real(*args, **kwargs)
-        batch, rows = _rows_of(args, kwargs)
+        return self.replay.memo.call((name, shadow.name), real, args, kwargs, self.meter)
+
+    def _forward(self, name: str, shadow: _Shadow, *args: Any, **kwargs: Any) -> Any:
+        real, replay = shadow.__wrapped__, self.replay
+        if not self.active:
+            return real(*args, **kwargs)
+        if replay.prompts.encoding:
+            return replay.prompts.encoder(name, real, args, kwargs)
+        if not self.entered and self.timed and not replay.has_bar:
+            self._enter()
+        schedule = replay.schedule
+        if not self.entered:
+            return self._once(name, shadow, *args, **kwargs)
+        if schedule is not None and self.clock >= schedule.calls and not self.plain:
+            return real(*args, **kwargs)
+        batch, rows = rows_of(args, kwargs)
         if self.dry:
-            self.model_rows[self.clock] = self.model_rows.get(self.clock, 0) + rows
-        if self.dry and self.observe and name not in self.replay.outputs:
-            output = real(*args, **kwargs)
-            self.replay.outputs[name] = rows, map_tree(lambda v: v.to("meta") if torch.is_tensor(v) else v, output)
-            return output
-        if self.dry or self.clock < self.begin:
-            return self._stub(name, shadow.owner, batch, rows, kwargs)
+            return self._stand_in(name, shadow, batch, rows, args, kwargs)
+        filling = schedule is not None and self.clock in schedule.live and self.begin < schedule.calls
+        if self.clock < self.begin and not filling:
+            return replay.stubs.zeros(name, shadow.owner, batch, rows, kwargs)
         begin = time.perf_counter()
         output = real(*args, **kwargs)
-        self.meter.forward(rows, time.perf_counter() - begin, "denoiser", rows / sum(schedule.model_rows))
+        self.spent += rows
+        share = rows / sum(schedule.model_rows) if schedule is not None else 0.0
+        self.meter.forward(rows, time.perf_counter() - begin, "denoiser", share)
         return output
 
-    def _stub(self, name: str, module: nn.Module, batch: Any, rows: int, kwargs: Mapping[str, Any]) -> Any:
-        """Zeros in the shape of the model's output; nothing reads their values."""
-        if name in self.replay.outputs:
-            seen, shapes = self.replay.outputs[name]
-            return _zeros(shapes, seen, batch, rows)
-        config = getattr(module, "config", {})
-        channels, given = config.get("out_channels"), config.get("in_channels")
-        shape = list(batch.shape)
-        if isinstance(channels, int) and batch.ndim > 3 and shape[1] == given:
-            shape[1] = channels
-        zeros = batch.new_zeros(shape)
-        return namedtuple("Output", ["sample"])(zeros) if kwargs.get("return_dict", True) else (zeros,)
+    def _stand_in(
+        self, name: str, shadow: _Shadow, batch: Any, rows: int, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        stubs, clock = self.replay.stubs, self.clock
+        self.model_rows[clock] = self.model_rows.get(clock, 0) + rows
+        if self.observe:
+            spent = stubs.observe(name, shadow.__wrapped__, args, kwargs, rows)
+            if spent is not None:
+                self.replay.spent.append(spent)
+        use = stubs.cache_use(name, kwargs)
+        if use is not None:
+            (self.live if use == "fills" else self.reading).add(clock)
+        if clock < self.begin:
+            return stubs.zeros(name, shadow.owner, batch, rows, kwargs)
+        if self.replay.schedule is None:
+            stubs.measure(name, args, kwargs)
+        elif self.learn is not None:
+            stubs.compare(name, args, kwargs, self.rows)
+        return stubs.mixed(name, shadow.owner, batch, rows, args, kwargs)
 
     # --- schedulers ---
 
     def _set_timesteps(self, shadow: _Shadow, *args: Any, **kwargs: Any) -> Any:
         if self.active:
             self.timed = True
-            slot = self._slot(shadow.owner, add=False)
-            if slot in self.fresh:
-                raise ValueError(
-                    f"{type(self.replay.pipe).__name__} sets its timesteps anew inside its loop (chunks of a video); "
-                    "replay cannot resume in later chunks: draw whole samples with the plain pipeline instead"
-                )
+            for slot, owner in enumerate(self.owners):
+                if owner is shadow.owner:
+                    self.owners[slot] = None  # its loop is over; what it steps next is another (chunks of a video)
         return shadow.__wrapped__(*args, **kwargs)
 
-    def _slot(self, scheduler: Any, add: bool = True) -> int:
+    def _slot(self, scheduler: Any) -> int:
         for slot, owner in enumerate(self.owners):
             if owner is scheduler:
                 return slot
-        if add:
-            self.owners.append(scheduler)
-        return len(self.owners) - 1 if add else -1
+        self.owners.append(scheduler)
+        return len(self.owners) - 1
 
     def _step(self, shadow: _Shadow, *args: Any, **kwargs: Any) -> Any:
         scheduler, real = shadow.owner, shadow.__wrapped__
         if not self.active:
             return real(*args, **kwargs)
         self.entered = True
+        if self.plain:
+            self.clock += 1
+            return real(*args, **kwargs)
         bound = inspect.signature(real).bind(*args, **kwargs)
         slot = self._slot(scheduler)
         call = self.slots.count(slot)
@@ -571,11 +737,19 @@ class _Run:
         self.slots.append(slot)
         self.clock += 1
         if self.clock <= self.begin:
+            values = self._recorded(slot)
+            ended = self.state.tensors.get(f"ended.{slot}")
+            if ended is not None and self.clock < self.begin and self.replay.schedule.last_call(self.clock):
+                self._set_streams(ended)
             if self.clock == self.begin:
                 self._resume()
-            values = self._recorded(slot)
         else:
             values = self._live_step(scheduler, real, bound, slot, call)
+            schedule = self.replay.schedule
+            if schedule is not None and self.clock < schedule.calls and schedule.last_call(self.clock):
+                self.ended[slot] = [g.get_state() for g in self.generators]
+        if self.clock in self.marks:
+            self.marked[self.clock] = self.capture(), [g.get_state() for g in self.generators]
         if self.clock == self.stop:
             self.captured = self.capture()
             raise _Stop
@@ -618,8 +792,26 @@ class _Run:
             x0 = predict(prediction_type(scheduler), output.float(), sample.float(), levels[call]).to(sample.dtype)
         if isinstance(self.transition, (Sde, EtaStep)):
             values["prev_sample"] = self._transit(sample, x0, levels[call], levels[call + 1]).to(values["prev_sample"])
+        self._locate(slot, values)
         self.last[slot] = values, x0
         return values
+
+    def _locate(self, slot: int, values: Mapping[str, Any]) -> None:
+        """Find where a step's tensors keep their rows."""
+        if not self.dry or self.clock <= self.begin:
+            return
+        for name, value in values.items():
+            if not torch.is_tensor(value):
+                continue
+            if self.rows == 1:
+                self.replay.shapes.setdefault((slot, name), value.shape)
+            elif self.learn is not None and (slot, name) not in self.replay.layouts:
+                alone = self.replay.shapes[slot, name]
+                self.replay.layouts[slot, name] = _layout(alone, value.shape, self.rows, self.learn)
+
+    def _layout_of(self, slot: int, name: str, value: Tensor) -> Layout:
+        known = self.replay.layouts.get((slot, name))
+        return Layout(0, value.shape[0] // self.rows) if known is None else known
 
     def _transit(self, sample: Tensor, x0: Tensor, now: Level, after: Level) -> Tensor:
         x, clean = sample.float(), x0.float()
@@ -630,14 +822,20 @@ class _Run:
             return sde_step(x, clean, noise, now, after, self.transition.a)
         return eta_step(x, clean, noise, now, after, self.transition.eta)
 
-    def _recorded(self, slot: int) -> dict[str, Tensor]:
-        names = self.state.fields["outputs"][str(slot)]
-        return {name: self.state.tensors[f"out.{slot}.{name}"].clone() for name in names}
+    def _recorded(self, slot: int) -> dict[str, Any]:
+        kept = self.state.fields["outputs"][str(slot)]
+        layouts = {name: Layout(*layout) for name, layout in kept["layouts"].items()}
+        return {
+            name: layouts[name].join(self.state.tensors[f"out.{slot}.{name}"]).clone() if name in layouts else value
+            for name, value in kept["values"].items()
+        }
 
     def _resume(self) -> None:
         """Put fields, guidance momentum and streams in, before the loop's next ``scale_model_input`` reads them."""
-        for slot, fields in self.state.fields.get("schedulers", {}).items():
-            vars(self.owners[int(slot)]).update({k: _unpack(v, self.state.tensors) for k, v in fields.items()})
+        for slot, saved in self.state.fields.get("schedulers", {}).items():
+            layout, tensors = Layout(*saved["layout"]), self.state.tensors
+            fields = {k: _unpack(v, layout, tensors) for k, v in saved["fields"].items()}
+            vars(self.owners[int(slot)]).update(fields)
         for name, guider in self.replay.guiders.items():
             if guider.momentum_buffer is not None:
                 average = self.state.tensors.get(f"guider.{name}")
@@ -650,31 +848,42 @@ class _Run:
         tensors: dict[str, Tensor] = {}
         axes: dict[str, int | None] = {}
         fields: dict[str, Any] = {"clock": self.clock, "outputs": {}}
-        over = self.clock == self.replay.schedule.calls
+        over = self.replay.schedule is not None and self.clock == self.replay.schedule.calls
         schedulers = {}
+
+        def put(name: str, value: Tensor, layout: Layout) -> None:
+            tensors[name], axes[name] = layout.split(value, self.rows).detach(), layout.row_axis
+
         for slot, owner in enumerate(self.owners):
-            values, x0 = self.last.get(slot) or (self._recorded(slot), self.state.tensors.get(f"x0.{slot}"))
-            fields["outputs"][str(slot)] = list(values)
-            for name, value in values.items():
-                if value.shape[:1] != (self.rows,):
-                    raise ValueError(
-                        f"{type(owner).__name__}.step gave {name} of shape {tuple(value.shape)} for {self.rows} rows; "
-                        "pipelines whose loop does not keep one sample a row cannot be replayed"
-                    )
-                tensors[f"out.{slot}.{name}"] = value.detach()
-            if over:
+            live = slot in self.last
+            values, x0 = self.last[slot] if live else (self._recorded(slot), None)
+            layouts = {n: self._layout_of(slot, n, v) for n, v in values.items() if torch.is_tensor(v)}
+            plain = {n: None if n in layouts else v for n, v in values.items()}
+            fields["outputs"][str(slot)] = {"values": plain, "layouts": {n: list(v) for n, v in layouts.items()}}
+            for name, layout in layouts.items():
+                put(f"out.{slot}.{name}", values[name], layout)
+            streams = self.ended.get(slot)
+            if streams is not None:
+                tensors[f"ended.{slot}"] = torch.stack(streams)
+            elif self.state is not None and f"ended.{slot}" in self.state.tensors:
+                tensors[f"ended.{slot}"] = self.state.tensors[f"ended.{slot}"]
+            if over or owner is None:
                 continue
+            layout = layouts["prev_sample"]
             if x0 is not None:
-                tensors[f"x0.{slot}"] = x0.detach()
+                put(f"x0.{slot}", x0, layout)
+            elif not live and f"x0.{slot}" in self.state.tensors:
+                tensors[f"x0.{slot}"], axes[f"x0.{slot}"] = self.state.tensors[f"x0.{slot}"], layout.row_axis
             fresh = self.fresh[slot]
             changed = {
                 k: v
                 for k, v in vars(owner).items()
                 if k not in ("step", "set_timesteps") and not (k in fresh and _same(fresh[k], v))
             }
-            schedulers[str(slot)] = {
-                k: _pack(v, f"scheduler.{slot}.{k}", self.rows, tensors, axes) for k, v in changed.items()
+            packed = {
+                k: _pack(v, f"scheduler.{slot}.{k}", self.rows, layout, tensors, axes) for k, v in changed.items()
             }
+            schedulers[str(slot)] = {"layout": list(layout), "fields": packed}
         if not over:
             fields["schedulers"] = schedulers
             for name, guider in self.replay.guiders.items():
@@ -683,3 +892,28 @@ class _Run:
                     tensors[f"guider.{name}"] = average.detach()
         tensors["rng_start"] = torch.stack(list(self.rng_start))
         return RowState(tensors, dict.fromkeys(tensors, 0) | axes, fields)
+
+    def ends_like(self, other: _Run, row: int | None = None, exact: bool = False) -> bool:
+        """Whether another run (or a row of it) gave the same last samples, up to what kernels of other shapes differ.
+
+        Args:
+            other: a run of one row, or of several.
+            row: which of several.
+            exact: the runs had equal shapes, so no bit may differ.
+        """
+        if self.last.keys() != other.last.keys():
+            return False
+        for slot, (values, _) in self.last.items():
+            mine, theirs = values["prev_sample"], other.last[slot][0]["prev_sample"]
+            if row is not None:
+                layout = self.replay.layouts[slot, "prev_sample"]
+                index = torch.tensor([row], device=theirs.device)
+                theirs = layout.join(layout.split(theirs, other.rows).index_select(layout.row_axis, index))
+            if mine.shape != theirs.shape:
+                return False
+            scale = float(mine.float().abs().nan_to_num(posinf=0, neginf=0).max()) if mine.numel() else 0.0
+            limits = {"atol": 0.0, "rtol": 0.0} if exact else {"atol": 1e-4 * scale, "rtol": 1e-4}
+            if not torch.allclose(mine.float(), theirs.float(), equal_nan=True, **limits):
+                return False
+        ends = other.rng if row is None else [other.rng[row]]
+        return all(torch.equal(a, b) for a, b in zip(self.rng, ends, strict=True))
