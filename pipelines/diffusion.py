@@ -178,16 +178,23 @@ class DiffusionSampler:
         rng = list(rng_start)
         tensors = {"rng_start": torch.stack(rng_start), "ambient": torch.stack(ambient)}
         fields: dict[str, Any] = {"clock": 0}
-        for rows in _groups(prompts if self.replay.together else range(len(prompts))):
+        given = [self._given_latents(seed.prompt, seed.candidate) for seed in seeds]
+        keys = [(p, own is None) for p, own in zip(prompts, given, strict=True)]
+        for rows in _groups(keys if self.replay.together else range(len(prompts))):
             if self.strategy == "whole":
                 break
-            run = self._run(prompts, rows, tensors, device=device, stop=0)
+            run = self._run(prompts, rows, tensors, [given[r] for r in rows], device=device, stop=0)
             for i, row in enumerate(rows):
                 rng[row] = run.rng[i]
                 noise[row] = None if run.drawn is None else run.drawn[i]
-        if noise[0] is not None:
+        drawn = next((n for n in noise if n is not None), None)
+        if drawn is not None:
+            unknown = torch.full_like(drawn, math.nan)  # of rows that begin with latents of another layout
+            for row, own in enumerate(given):
+                if noise[row] is None:
+                    noise[row] = own[0].to(drawn) if own is not None and own.shape[1:] == drawn.shape else unknown
             tensors["noise"] = torch.stack(noise)
-            fields["noise_shape"] = list(noise[0].shape)
+            fields["noise_shape"] = list(drawn.shape)
         return Population(
             stage=0,
             prompt=torch.tensor(prompts),
@@ -212,11 +219,14 @@ class DiffusionSampler:
             return self._run_whole(population)
         prompts, old = population.prompt.tolist(), population.state
         states, streams, order = [], list(population.rng), []
-        for rows in _groups([self._batch_key(p) if self.replay.together else row for row, p in enumerate(prompts)]):
+        given = self._latents(population)
+        keys = [(self._batch_key(p), own is None) for p, own in zip(prompts, given, strict=True)]
+        for rows in _groups(keys if self.replay.together else range(len(prompts))):
             run = self._run(
                 prompts,
                 rows,
                 old.tensors,
+                [given[r] for r in rows],
                 rng=[population.rng[r] for r in rows],
                 device=population.rng_device,
                 state=old if len(rows) == len(population) else old.select(torch.tensor(rows)),
@@ -337,6 +347,8 @@ class DiffusionSampler:
             if "noise" not in tensors:
                 raise ValueError("the initial noise of this pipeline is not known; perturb at stage 1 or later")
             x, pure = tensors["noise"], Level(0.0, 1.0)
+            if x.isnan().any():
+                raise ValueError("latents= are given in another layout than the noise; perturb at stage 1 or later")
             noise = _normal(x.shape, streams, x.device)
             tensors["noise"] = flow.perturb(x.float(), torch.zeros_like(noise), noise, pure, strength).to(x)
             state = replace(old, tensors=tensors)
@@ -413,8 +425,9 @@ class DiffusionSampler:
         if self.strategy == "whole":
             return [self._whole(population, row, overrides, callbacks).output for row in range(len(prompts))]
         # the loop computes nothing here, so rows may go through under any prompt; images given per prompt do matter
-        text_only = all("prompt" in name for name in self._under_way().per_prompt)
-        runs = [list(range(len(prompts)))] if text_only else _consecutive(prompts)
+        text_only = all("prompt" in name or name == "latents" for name in self._under_way().per_prompt)
+        given = self._latents(population)
+        runs = _consecutive([(None if text_only else p, own is None) for p, own in zip(prompts, given, strict=True)])
         most = self.decode_batch if self.replay.together else 1
         outputs = []
         for rows in runs:
@@ -425,6 +438,7 @@ class DiffusionSampler:
                     [prompts[part[0]]] * len(prompts),
                     part,
                     old.tensors,
+                    [given[r] for r in part],
                     rng=[population.rng[r] for r in part],
                     device=population.rng_device,
                     state=old.select(torch.tensor(part)),
@@ -455,6 +469,7 @@ class DiffusionSampler:
             population.prompt.tolist(),
             [row],
             population.state.tensors,
+            [self._latents(population)[row]],
             device=population.rng_device,
             callbacks=callbacks,
             overrides=overrides,
@@ -487,6 +502,7 @@ class DiffusionSampler:
         prompts: Sequence[int],
         rows: Sequence[int],
         streams: Mapping[str, Tensor],
+        given: Sequence[Tensor | None],
         overrides: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Any:
@@ -495,7 +511,9 @@ class DiffusionSampler:
         call = {**request.call, **self.call, **(overrides or {})}
         own = [prompts[r] for r in rows]
         texts = {"prompt": request.prompts, **request.per_prompt}
-        texts = {k: v for k, v in texts.items() if k in self._parameters}
+        texts = {k: v for k, v in texts.items() if k in self._parameters and k != "latents"}
+        if given[0] is not None:
+            call["latents"] = torch.cat(list(given))
         texts = {k: v for k, v in texts.items() if any(v[p] is not None for p in own)}
         number = self.replay.number
         if len(set(own)) == 1 and (number or len(rows) == 1):
@@ -507,6 +525,22 @@ class DiffusionSampler:
         if len(set(own)) == 1:
             self.shared.encoded[own[0]] = run.described
         return run
+
+    def _given_latents(self, prompt: int, candidate: int) -> Tensor | None:
+        """The user's own latents of a candidate, (1, ...), where it has them."""
+        entries = self._under_way().per_prompt.get("latents")
+        entry = None if entries is None else entries[prompt]
+        return entry[candidate : candidate + 1] if entry is not None and candidate < len(entry) else None
+
+    def _latents(self, population: Population) -> list[Tensor | None]:
+        """Per row, the user's own latents, unless the row has moved to other noise since."""
+        rows = zip(population.prompt.tolist(), population.candidate, population.lineage, strict=True)
+        moved = [
+            any(e.op == "perturb" and e.stage == 0 or e.op == "renoise" and e.value == 0 for e in events)
+            for _, _, events in rows
+        ]
+        pairs = zip(population.prompt.tolist(), population.candidate, moved, strict=True)
+        return [None if gone else self._given_latents(p, k) for p, k, gone in pairs]
 
     def _under_way(self) -> Request:
         if self.request is None:

@@ -24,7 +24,14 @@ from visearch.protocols import Meter
 
 __all__ = ["COUNTS", "Memo", "PromptCache", "map_tree"]
 
-COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "batch_size")
+COUNTS = (
+    "num_images_per_prompt",
+    "num_videos_per_prompt",
+    "num_waveforms_per_prompt",
+    "num_designs_per_prompt",
+    "num_images",
+    "batch_size",
+)
 _PLAIN = (bool, int, float, str, torch.device, torch.dtype, type(None))
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import threading
 import time
 import types
 import warnings
@@ -52,14 +53,23 @@ class _Shadow:
     """Stands in for a bound method as an instance attribute, and follows its owner through ``copy.deepcopy``.
 
     Some pipelines deep-copy their scheduler inside the call; the copy's shadow belongs to the copy.
+
+    Raises:
+        RuntimeError: called from another thread than the one whose run set it up.
     """
 
     def __init__(self, owner: Any, name: str, function: Callable, real: Callable | None = None) -> None:
         self.owner, self.name, self.function = owner, name, function
         # pipelines inspect the signature of step and set_timesteps
         self.__wrapped__ = getattr(owner, name) if real is None else real
+        self.thread = threading.get_ident()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            raise RuntimeError(
+                f"{type(self.owner).__name__} is in use by a search in another thread; call the pipeline when that is "
+                "over, or give each thread a pipeline of its own (from_pipe shares the weights)"
+            )
         return self.function(self, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict) -> _Shadow:
@@ -287,6 +297,7 @@ class Replay:
         number: the argument that sets images or videos a prompt, or ``None`` where the call does not honour it: some
             pipelines take it and set it to 1, so their batch is made by repeating the prompt.
         spent: real model calls that the self-check could not avoid: (rows, seconds) each.
+        left: attributes that the latest finished call would have left on the pipeline (``_guidance_scale``).
 
     Raises:
         ValueError: the pipeline has no scheduler, or its call makes no step.
@@ -318,6 +329,7 @@ class Replay:
         self.schedule: Schedule | None = None
         self.number: str | None = None
         self.spent: list[tuple[int, float]] = []
+        self.left: dict[str, Any] = {}
         example = {k: v for k, v in example.items() if k in self.parameters}
         self.strategy, self.reason = self._check({**call}, example)
         if self.strategy == "whole":
@@ -552,8 +564,10 @@ class _Run:
             for shadow in self._shadows():
                 stack.enter_context(_attribute(shadow.owner, shadow.name, shadow))
             stack.enter_context(self._prepared_noise())
+            before = dict(vars(pipe))
             try:
                 self.output = pipe(**call)
+                self.replay.left = {k: v for k, v in vars(pipe).items() if before.get(k, _ABSENT) is not v}
             except _Stop:
                 pass
             finally:
@@ -574,6 +588,13 @@ class _Run:
         return made
 
     def _guard_callback(self, call: dict[str, Any]) -> None:
+        older = call.get("callback")
+        if older is not None and "callback_steps" in self.replay.parameters:
+
+            def live_older(*args: Any) -> Any:
+                return older(*args) if self.clock >= self.begin and self.callbacks else None
+
+            call["callback"] = live_older
         callback = call.get("callback_on_step_end")
         if callback is None:
             return
