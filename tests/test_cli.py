@@ -97,6 +97,8 @@ def test_held_out_rewards_score_both_pictures(run):
 def test_budgets(run):
     status, out, _, folder = run("--n", "8", "--max-nfe", "13")
     assert status == 0 and "3 candidates, 12 model rows" in out
+    status, out, err, _ = run("--search", "halving", "--set", "n=None", "--max-nfe", "40")
+    assert status == 0 and "7 of 13 candidates finished, 40 model rows" in out and "40/40" in err
     status, out, _, folder = run("--n", "40", "--max-seconds", "0.001")
     assert status == 0 and "stopped: deadline" in out
     assert len(json.loads((folder / "result.json").read_text())["ranking"]) == 1
@@ -114,6 +116,7 @@ def test_budgets(run):
         (("--set", "batch"), {}, "--set batch: give NAME=VALUE"),
         (("--search", "halving", "--set", "preset=pps"), {}, "preset='pps' is unknown; use auto, psp"),
         (("--search", "halving", "--set", "calls=.4"), {}, "one entry a check"),
+        (("--search", "halving", "--set", "n=None"), {}, "n=None takes the number of candidates from the budget"),
         (("--max-nfe", "0"), {}, "max_nfe=0 must be greater than 0"),
         (("--steps", "0"), {}, "--steps 0 must be at least 1"),
         (("--device", "cuda:99"), {}, "--device cuda:99 is not available here"),

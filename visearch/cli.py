@@ -216,7 +216,8 @@ def search_once(options: argparse.Namespace, prompt: str, search: Any, budget: A
     reward = resolve(options.reward, device)
     held_out = [resolve(name, device) for name in options.held_out]
     pipe, call = _load(options, device) if pipe is None else pipe
-    job = Job.of(pipe, search, prompt, generator=torch.Generator().manual_seed(options.seed), **call)
+    generator = torch.Generator().manual_seed(options.seed)
+    job = Job.of(pipe, search, prompt, max_nfe=budget.max_nfe, generator=generator, **call)
     plan = search.plan(job.sampler, budget.max_nfe)
     with tqdm(total=plan.nfe, desc=f"{options.search} n={getattr(plan.search, 'n', '')}", unit="row") as bar:
         for step in run_search(
