@@ -922,10 +922,10 @@ class _Run:
             row: which of several.
             exact: the runs had equal shapes, so no bit may differ.
         """
-        if self.last.keys() != other.last.keys():
+        if not other.last or max(other.last) != max(self.last):
             return False
-        for slot, (values, _) in self.last.items():
-            mine, theirs = values["prev_sample"], other.last[slot][0]["prev_sample"]
+        for slot, (values, _) in other.last.items():  # a run that was resumed in a later loop has no steps of earlier
+            mine, theirs = self.last[slot][0]["prev_sample"], values["prev_sample"]
             if row is not None:
                 layout = self.replay.layouts[slot, "prev_sample"]
                 index = torch.tensor([row], device=theirs.device)

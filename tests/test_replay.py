@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from diffusers import FirstBlockCacheConfig
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FirstBlockCacheConfig
 from diffusers.callbacks import PipelineCallback, SDCFGCutoffCallback
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion
 from tiny import PIPELINES, build
@@ -257,17 +257,31 @@ def test_callbacks_that_set_the_loop_up_hear_of_skipped_steps(stops):
     assert torch.equal(sampler.decode(rows), plain)
 
 
-def test_chunked_loops_are_refused():
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(steps_offset=1), DPMSolverMultistepScheduler()])
+def test_loops_that_set_their_timesteps_anew(scheduler):
+    """As chunks of a video do: the second loop's first step has no history, and its rows are resumed in either."""
+
     class Chunks(PipelineCallback):
         tensor_inputs = ()
 
         def callback_fn(self, pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
             if step == 1:
                 pipe.scheduler.set_timesteps(4)
+                pipe.scheduler.set_begin_index(2) if hasattr(pipe.scheduler, "set_begin_index") else None
             return tensors
 
-    with pytest.raises(ValueError, match="timesteps anew"):
-        DiffusionSampler(build("sd"), {**CALL, "callback_on_step_end": Chunks(cutoff_step_ratio=1.0)})
+    pipe = build("sd", scheduler)
+    options = {**CALL, "callback_on_step_end": Chunks(cutoff_step_ratio=1.0)}
+    plain = pipe(PROMPT, generator=torch.Generator().manual_seed(7), output_type="pt", **options).images
+    sampler = DiffusionSampler(pipe, options)
+    assert sampler.strategy == "batch"
+    assert len(set(sampler.schedule.slots)) == 2
+    full = sampler.advance(sampler.init(request(), request().seeds(0, 3)), 4)
+    for stage in (1, 2, 3):
+        rows = sampler.advance(sampler.init(request(), request().seeds(0, 3)), stage).select([2, 0])
+        images = sampler.decode(sampler.advance(rows, 4))
+        torch.testing.assert_close(images, sampler.decode(full)[[2, 0]], atol=1e-4, rtol=0)
+    torch.testing.assert_close(images[1:], plain, atol=1e-4, rtol=0)
 
 
 def test_passes_of_several_schedulers():
