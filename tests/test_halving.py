@@ -87,6 +87,8 @@ def test_what_the_budget_leaves_widens_the_last_check_first():
     for budget, rows, spent in ((44, (8, 4, 3), 43), (47, (8, 5, 3), 46)):
         plan = search.plan(sampler, 2 * budget)
         assert (plan.search.n, *plan.search.keep) == rows and calls(plan, sampler) == spent
+    exact = replace(search, keep=(4, 0.5)).plan(sampler, 2 * 47)  # numbers are kept as they are
+    assert (exact.search.n, *exact.search.keep) == (12, 4, 2)
     capped = replace(search, n=4).plan(sampler, 2 * 1000)
     assert (capped.search.n, *capped.search.keep) == (4, 2, 1)
 
@@ -130,7 +132,8 @@ def test_a_planned_search_plans_itself():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"n": 0}, "n=0 must be at least 1"),
+        ({"n": 0}, "n=0 must be a whole number"),
+        ({"n": 2.5}, "n=2.5 must be a whole number"),
         ({"preset": "pso"}, "preset='pso' is unknown; use auto, psp"),
         ({"preset": "explicit"}, "give calls and keep"),
         ({"calls": (0.5,)}, "one entry a check"),

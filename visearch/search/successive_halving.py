@@ -6,6 +6,7 @@ T = stages, c_j = stage of check j (c_0 = 0, c_{J+1} = T), K_j = candidates of a
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -30,7 +31,7 @@ class SuccessiveHalving:
 
     Survivors end as they would have unpruned; the answer is the argmax of the reward over those that are finished. A
     prompt costs ``sum_j K_j nfe(c_j, c_{j+1})`` model rows and ``sum_j K_j`` decodes and scores. Within a budget K_0 is
-    the largest integer that fits, at most ``n``; where the budget decided, the rest of it widens the last check first.
+    the largest integer that fits, at most ``n``; where the budget decided, its rest widens the shares, last first.
 
     Presets: ``"psp"`` halves at T/4 and T/2 (2607.21591); ``"ttsnap-single"``, short ``"ttsnap"``, keeps .4, .4, .5
     after 3, 7, 12 of 20 calls and ``"ttsnap-multi"`` .4, .5, .6 after 5, 7, 12 (2511.22242, code; made for rewards that
@@ -71,8 +72,8 @@ class SuccessiveHalving:
         known = ("auto", *PRESETS, *(() if self.calls is None else ("explicit",)))
         if self.preset not in known:
             raise ValueError(f"preset={self.preset!r} is unknown; use {', '.join(known)}, or give calls and keep")
-        if self.n is not None and self.n < 1:
-            raise ValueError(f"n={self.n} must be at least 1, or None to take it from the budget")
+        if self.n is not None and not (isinstance(self.n, int) and self.n >= 1):
+            raise ValueError(f"n={self.n} must be a whole number of at least 1, or None to take it from the budget")
         if self.check_cost is not None and not self.check_cost >= 0:
             raise ValueError(f"check_cost={self.check_cost} must be at least 0 model rows, or None to measure it")
 
@@ -91,7 +92,7 @@ class SuccessiveHalving:
             if not dear:
                 break
             del checks[dear[-1]]
-        stages, scores = (0, *checks, end), _scores(rows)
+        stages, scores = (0, *checks, end), sum(set(rows))
         images = sum(k * sampler.cost(a, b) for k, (a, b) in zip(rows, pairwise(stages), strict=True))
         search = replace(self, n=rows[0], calls=tuple(held), keep=tuple(after for _, after in held.values()))
         return Budgeted(search, _nfe(sampler, stages, rows), images, scores, scores, finals=rows[-1])
@@ -170,13 +171,16 @@ class SuccessiveHalving:
 
         def fits(rows: Sequence[int]) -> bool:
             nfe = _nfe(sampler, stages, rows)
-            return nfe <= max_nfe and nfe + price * _scores(rows) <= max_nfe + price * bar + ROUNDING
+            scores = sum(set(rows))  # a check that keeps everyone is not held
+            return nfe <= max_nfe and nfe + price * scores <= max_nfe + price * bar + ROUNDING
 
-        n = 1
-        while n != self.n and fits(_survivors(n + 1, checks)):
-            n += 1
+        most = max_nfe // sampler.nfe(0, stages[1])
+        most = most if self.n is None else min(most, self.n)
+        n = bisect_left(range(1, most + 1), True, key=lambda n: not fits(_survivors(n, checks)))
         rows = _survivors(n, checks)
-        for j in range(len(checks), 0, -1) if n != self.n else ():
+        for j, kept in reversed([*enumerate(checks.values(), 1)]):
+            if n == self.n or isinstance(kept, int):
+                continue
             while rows[j] < rows[j - 1] and fits(wider := [*rows[:j], rows[j] + 1, *rows[j + 1 :]]):
                 rows = wider
         return rows
@@ -192,11 +196,6 @@ def _survivors(n: int, checks: Mapping[int, float | int]) -> list[int]:
 
 def _nfe(sampler: Sampler, stages: Sequence[int], rows: Sequence[int]) -> int:
     return sum(k * sampler.nfe(a, b) for k, (a, b) in zip(rows, pairwise(stages), strict=True))
-
-
-def _scores(rows: Sequence[int]) -> int:
-    """A check that keeps everyone is not held."""
-    return sum(before for before, after in pairwise(rows) if after < before) + rows[-1]
 
 
 def _pays(before: int, after: int, price: float, nfe_left: int) -> bool:
