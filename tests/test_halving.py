@@ -16,7 +16,7 @@ from contract.cases import PixelReward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visearch import BestOfN, Budget, Ledger, Request, SuccessiveHalving, run_search
+from visearch import BestOfN, Budget, Ledger, Request, SearchPipeline, SuccessiveHalving, run_search
 from visearch.pipelines.diffusion import DiffusionSampler
 from visearch.pipelines.toy import GaussianToy, TokenToy
 from visearch.protocols import Scores
@@ -193,6 +193,21 @@ def test_survivors_of_a_real_pipeline_equal_the_plain_call(scheduler):
     for r, seed in enumerate(result.finished.seed):
         image = pipe("a", generator=torch.Generator().manual_seed(seed), output_type="pt", **call).images[0]
         assert torch.equal(sampler.decode(result.finished.select([r]))[0], image)
+
+
+def test_a_wrapped_pipeline_returns_a_survivor_as_the_plain_call_would():
+    pipe, call = tiny.build("sd"), {"num_inference_steps": 4, "height": 32, "width": 32, "output_type": "pt"}
+    budget = Budget(max_nfe=2 * 2 * 4 * 3)  # two prompts, guidance, four steps: best-of-3
+    searched = SearchPipeline(pipe, PixelReward(), SuccessiveHalving(n=None, preset="psp"), budget, rows=1)
+    images = searched(["a cow", "a cat"], generator=torch.Generator().manual_seed(5), **call).images
+    result = searched.search_result
+    assert {c["prompt"] for c in result.pruned} == {0, 1} and result.ledger.nfe <= budget.max_nfe
+    for prompt, image, seed in zip(("a cow", "a cat"), images, result.winners().seed):
+        plain = pipe(prompt, generator=torch.Generator().manual_seed(seed), **call).images[0]
+        assert torch.allclose(image, plain, rtol=0, atol=1e-4)
+    few = SearchPipeline(pipe, PixelReward(), SuccessiveHalving(n=4, preset="psp"))
+    with pytest.raises(ValueError, match="2 images a prompt are asked for but the search finishes 1"):
+        few("a cow", num_images_per_prompt=2, **call)
 
 
 def test_an_empty_schedule_is_best_of_n_and_says_so():
