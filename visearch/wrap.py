@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils import BaseOutput
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -103,6 +104,12 @@ def _check_pipeline(pipe: Any) -> None:
 
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"pipe is a {type(pipe).__name__}; give a diffusers pipeline object")
+    # one with text encoders alone can still encode prompts
+    if any(isinstance(c, nn.Module) and "text" not in name for name, c in pipe.components.items()):
+        _check_scheduler(pipe)
+
+
+def _check_scheduler(pipe: Any) -> None:
     if not any(hasattr(c, "step") and hasattr(c, "set_timesteps") for c in pipe.components.values()):
         raise ValueError(
             f"{type(pipe).__name__} has no scheduler, so there is no loop to search in; set pipe.scheduler first, or "
@@ -183,6 +190,7 @@ class _Session:
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         settings, pipe = self.settings, self.pipe
+        _check_scheduler(pipe)
         with _alone(pipe) as check:
             budget = settings.budget
             limit = None if budget is None else budget.max_nfe
@@ -203,7 +211,7 @@ class _Session:
             check()
             self._leave(getattr(job.sampler.replay, "left", {}))
             self.result = result = replace(result, held_out=self._held_out(job, result))
-        if not isinstance(output, tuple):
+        if isinstance(output, BaseOutput):
             output.search = result
         return output
 
