@@ -7,6 +7,7 @@ model call to the ledger from inside its forward wrapper, so a search cannot spe
 from __future__ import annotations
 
 import math
+import re
 import resource
 import sys
 import time
@@ -21,7 +22,17 @@ from torch import Tensor
 
 from visearch.protocols import Population, Request, Reward, Sampler, Scores, Seed
 
-__all__ = ["Budget", "BudgetSpent", "Ledger", "MeteredReward", "MeteredSampler", "OutOfMemory", "RewardError"]
+__all__ = [
+    "Budget",
+    "BudgetSpent",
+    "Evaluator",
+    "Ledger",
+    "MeteredReward",
+    "MeteredSampler",
+    "OutOfMemory",
+    "RewardError",
+    "memory_bytes",
+]
 
 
 ROUNDING = 1e-6  # image-equivalents are sums of shares
@@ -39,6 +50,24 @@ class OutOfMemory(RuntimeError):
     """Not even one row fits in memory."""
 
 
+def memory_bytes(given: int | str) -> int:
+    """Bytes of ``"8GiB"``, ``"512 MB"`` or a plain number.
+
+    Raises:
+        ValueError: neither a positive number nor one with a unit.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(i?)B)?\s*", str(given))
+    size = 0
+    if match:
+        number, prefix, binary = match.groups()
+        size = int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix) + 1 if prefix else 0))
+    if size < 1:
+        raise ValueError(
+            f"max_memory={given!r} is no amount of memory; give bytes, or a text such as '8GiB' or '500MB'"
+        )
+    return size
+
+
 @dataclass(frozen=True)
 class Budget:
     """Limits of one search, per call. ``None`` is no limit.
@@ -49,6 +78,9 @@ class Budget:
         max_seconds: wall-clock seconds; overrun by at most one operation.
         target: a prompt whose best finished candidate scores at least this gets no more candidates.
         patience: a prompt gets no more candidates after this many finished ones in a row without a new best.
+        max_memory: bytes, or a text such as ``"8GiB"``: most that the run may hold at once beyond what was there
+            before (the weights). Batches are cut to fit by a prediction (:func:`visearch.plan`), whose probes are
+            counted apart from ``max_nfe``. Default: 0.9 of what is free on a CUDA device, no limit elsewhere.
 
     Raises:
         ValueError: a limit that is not positive.
@@ -59,12 +91,22 @@ class Budget:
     target: float | None = None
     patience: int | None = None
     max_images: float | None = None
+    max_memory: int | str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_nfe", "max_seconds", "patience", "max_images"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value!r} must be greater than 0; leave it out for no limit")
+        if self.max_memory is not None:
+            object.__setattr__(self, "max_memory", memory_bytes(self.max_memory))
+
+    def rows_a_prompt(self, sampler: Sampler, prompts: int) -> int | None:
+        """Model rows that each prompt may cost at most; ``None`` is no limit."""
+        limits = [] if self.max_nfe is None else [self.max_nfe // prompts]
+        if self.max_images is not None:
+            limits.append(int((self.max_images + ROUNDING) / prompts * sampler.nfe(0, sampler.num_stages)))
+        return min(limits, default=None)
 
 
 @dataclass
@@ -79,7 +121,8 @@ class Ledger:
         rewards: samples scored, by reward.
         skipped: model rows that a step cache saved.
         retries: operations repeated after a failure or out of memory.
-        seconds: by kind of work, plus ``"total"``.
+        probes: what measuring the memory took, outside of all other counts: ``"nfe"``, ``"decodes"``, ``"rewards"``.
+        seconds: by kind of work (``"probe"`` for the probes), plus ``"total"``.
     """
 
     nfe: int = 0
@@ -91,6 +134,10 @@ class Ledger:
     retries: int = 0
     rewards: Counter[str] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)
+    probes: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self._resident = _peak_resident()
 
     def forward(self, rows: int, seconds: float, kind: str = "denoiser", images: float = 0.0) -> None:
         self.nfe += rows
@@ -113,13 +160,25 @@ class Ledger:
         self.rewards[reward] += samples
         self.seconds["reward"] += seconds
 
+    def begin_memory(self) -> None:
+        """A run begins: its peak is counted from here."""
+        if _on_cuda():
+            torch.cuda.reset_peak_memory_stats()
+        self._resident = _peak_resident()
+
     @property
     def peak_memory(self) -> int:
-        """Bytes: peak allocation of the CUDA device if there is one, else of this process since it began."""
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            return torch.cuda.max_memory_allocated()
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        """Bytes at the peak, weights included; :attr:`peak_memory_of` says of what."""
+        return torch.cuda.max_memory_allocated() if _on_cuda() else _peak_resident()
+
+    @property
+    def peak_memory_of(self) -> str:
+        """What :attr:`peak_memory` is: a CPU has no peak of a run alone, only that of the process's resident memory."""
+        if _on_cuda():
+            return "run: allocations on the CUDA device"
+        if _peak_resident() > self._resident:
+            return "run: resident memory of the process"
+        return "process: resident memory, reached before this run, which stayed below it"
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able copy."""
@@ -132,14 +191,26 @@ class Ledger:
             "skipped_rows": self.skipped_rows,
             "retries": self.retries,
             "rewards": dict(self.rewards),
+            "probes": dict(self.probes),
             "seconds": {k: round(v, 4) for k, v in self.seconds.items()},
             "peak_memory_bytes": self.peak_memory,
+            "peak_memory_of": self.peak_memory_of,
         }
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Ledger:
         plain = {k: saved[k] for k in ("nfe", "forwards", "images", "decodes", "encodes", "skipped_rows", "retries")}
-        return cls(**plain, rewards=Counter(saved["rewards"]), seconds=Counter(saved["seconds"]))
+        counters = {k: Counter(saved[k]) for k in ("rewards", "seconds", "probes")}
+        return cls(**plain, **counters)
+
+
+def _on_cuda() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+def _peak_resident() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -164,6 +235,11 @@ class MeteredSampler:
         budget: ``max_nfe`` is enforced here, before each model run.
         rows: most rows the model runs at once; ``None`` is all, halved whenever memory runs out.
         decode_rows: most rows decoded at once, independent of ``rows``; ``None`` is all on CPU, 1 on an accelerator.
+        batch_buckets: the only sizes of batches that the model may see, 1 among them: with (1, 2, 4), 7 rows run as
+            4 + 2 + 1, without padding. For compiled models, which are compiled anew for each size.
+
+    Raises:
+        ValueError: a limit below 1, or buckets without 1.
     """
 
     def __init__(
@@ -173,17 +249,25 @@ class MeteredSampler:
         budget: Budget | None = None,
         rows: int | None = None,
         decode_rows: int | None = None,
+        batch_buckets: Sequence[int] | None = None,
     ) -> None:
         for name, value in (("rows", rows), ("decode_rows", decode_rows)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1; leave it out to use as many as fit")
+        if batch_buckets is not None and (1 not in batch_buckets or min(batch_buckets) < 1):
+            raise ValueError(
+                f"batch_buckets={tuple(batch_buckets)} must be sizes of at least 1 and hold 1, so that every number of "
+                "rows is a sum of them; e.g. (1, 2, 4, 8)"
+            )
         self.inner, self.ledger, self.budget = inner, ledger, budget or Budget()
         self.rows, self.decode_rows = rows, decode_rows
+        self.batch_buckets = None if batch_buckets is None else tuple(sorted(batch_buckets))
         inner.meter = ledger
 
     num_stages = property(lambda self: self.inner.num_stages)
     milestones = property(lambda self: self.inner.milestones)
     meter = property(lambda self: self.ledger)
+    device = property(lambda self: torch.device(getattr(self.inner, "device", "cpu")))
 
     def noise_level(self, stage: int) -> float:
         return self.inner.noise_level(stage)
@@ -206,7 +290,7 @@ class MeteredSampler:
 
         def afford_and_advance(part: Population) -> Population:
             self._afford(part, to)  # again for each part: runs that ended out of memory were spent too
-            return self.inner.advance(part, to)
+            return self.inner.advance(part, to).carried(part.stage)
 
         self._afford(population, to)
         parts = self._split(population, "rows", afford_and_advance)
@@ -236,7 +320,7 @@ class MeteredSampler:
         return self.inner.concat(populations)
 
     def decode(self, population: Population) -> Any:
-        if self.decode_rows is None and getattr(self.inner, "device", torch.device("cpu")).type != "cpu":
+        if self.decode_rows is None and self.device.type != "cpu":
             self.decode_rows = 1
         parts = self._split(population, "decode_rows", self.inner.decode)
         if len(parts) == 1:
@@ -244,13 +328,14 @@ class MeteredSampler:
         return torch.cat(parts) if torch.is_tensor(parts[0]) else [s for part in parts for s in part]
 
     def view(self, **changes: Any) -> MeteredSampler:
-        return MeteredSampler(self.inner.view(**changes), self.ledger, self.budget, self.rows, self.decode_rows)
+        limits = self.rows, self.decode_rows, self.batch_buckets
+        return MeteredSampler(self.inner.view(**changes), self.ledger, self.budget, *limits)
 
     def _split(self, population: Population, limit: str, run: Callable[[Population], Any]) -> list[Any]:
         """Run in parts of at most ``self.<limit>`` rows; out of memory halves the limit and repeats that part only."""
         parts, start, total = [], 0, len(population)
         while start < total:
-            size = min(getattr(self, limit) or total, total - start)
+            size = self._size(population, start, limit)
             whole = start == 0 and size == total
             part = population if whole else population.select(range(start, start + size))
             try:
@@ -269,6 +354,22 @@ class MeteredSampler:
                 continue
             start += size
         return parts
+
+    def _size(self, population: Population, start: int, limit: str) -> int:
+        """Rows of the part that begins at ``start``."""
+        left = len(population) - start
+        if limit == "rows" and self.batch_buckets is not None:
+            left = min(left, self._companions(population, start))
+        size = min(getattr(self, limit) or left, left)
+        if limit == "rows" and self.batch_buckets is not None:
+            size = max(b for b in self.batch_buckets if b <= size)
+        return size
+
+    def _companions(self, population: Population, start: int) -> int:
+        """Rows from ``start`` on that the sampler would run in one batch: prompts of other shapes run apart."""
+        key_of = getattr(self.inner, "batch_key", lambda prompt: None)
+        keys = [key_of(p) for p in population.prompt[start:].tolist()]
+        return next((i for i, key in enumerate(keys) if key != keys[0]), len(keys))
 
 
 class MeteredReward:
@@ -372,3 +473,33 @@ class MeteredReward:
         if message not in self.warnings:
             self.warnings.append(message)
             warnings.warn(message, stacklevel=2)
+
+
+class Evaluator:
+    """Decodes rows (before the last stage: their previews) and scores them; the only way for a search to see them.
+
+    Args:
+        sampler: decodes.
+        reward: scores.
+        request: the rows' texts and metadata.
+
+    Attributes:
+        samples: (prompt, id) -> decoded sample of each row that was scored at the last stage.
+    """
+
+    def __init__(self, sampler: MeteredSampler, reward: MeteredReward, request: Request) -> None:
+        self.sampler, self.reward, self.request = sampler, reward, request
+        self.samples: dict[tuple[int, str], Any] = {}
+
+    def __call__(self, population: Population) -> Population:
+        final = population.stage == self.sampler.num_stages
+        level = self.sampler.noise_level(population.stage)
+        decoded = self.sampler.decode(population if final else self.sampler.predict_x0(population))
+        prompts = population.prompt.tolist()
+        texts = [self.request.reward_prompts[p] for p in prompts]
+        metadata = [self.request.metadata[p] for p in prompts]
+        scored = population.scored(self.reward(decoded, texts, level, metadata))
+        if final:
+            keys = zip(prompts, scored.id, strict=True)
+            self.samples.update({key: decoded[i] for i, key in enumerate(keys)})
+        return scored

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from visearch.budget import ROUNDING, Budget, BudgetSpent, Ledger, MeteredReward, MeteredSampler
+from visearch.budget import ROUNDING, Budget, BudgetSpent, Evaluator, Ledger, MeteredReward, MeteredSampler
 from visearch.checkpoint import fingerprint, load_state, save_state
-from visearch.protocols import Population, Request, Reward, Sampler, Search, SearchState
+from visearch.memory import plan
+from visearch.protocols import Batch, Event, Population, Request, Reward, Sampler, Search, SearchState, Seed
 from visearch.selection import best_per_prompt, rank, top_k
 
-__all__ = ["Round", "SearchResult", "run_search"]
+__all__ = ["Regenerated", "Round", "SearchResult", "regenerate", "run_search"]
 
 SAFETY = 1.2  # a candidate is begun only if 1.2 x the mean time of one still fits before the deadline
 
@@ -58,9 +59,19 @@ class SearchResult:
             raise RuntimeError(f"the search stopped ({self.stopped}) before any candidate was finished") from self.error
         return self.finished.select(top_k(self.finished, k))
 
+    def save(self, folder: str | Path, k: int = 1) -> None:
+        """Write the k winners of each prompt as ``winner.safetensors`` (final latents) and ``winner.json`` (lineage).
+
+        ``Population.load(folder, name="winner")`` reads them; :func:`regenerate` repeats one and tells the drift.
+
+        Raises:
+            RuntimeError: nothing was finished.
+        """
+        self.winners(k).save(folder, "winner")
+
     @property
     def ranking(self) -> list[dict[str, Any]]:
-        """All finished candidates from best to worst: prompt, id, seed, score, lineage, history; JSON-able."""
+        """All finished candidates from best to worst: prompt, id, seed, score, lineage, history, batches; JSON-able."""
         rows = self.finished
         if rows is None:
             return []
@@ -73,6 +84,7 @@ class SearchResult:
                 "score": float(rows.score[r]),
                 "lineage": [e._asdict() for e in rows.lineage[r]],
                 "history": [list(h) for h in rows.history[r]],
+                "batches": [b._asdict() for b in rows.batches[r]],
             }
             for r in rank(rows)
         ]
@@ -108,6 +120,7 @@ def run_search(
     rows: int | None = None,
     decode_rows: int | None = None,
     reward_rows: int | None = None,
+    batch_buckets: Sequence[int] | None = None,
     checkpoint: str | Path | None = None,
     cancelled: Callable[[], bool] = lambda: False,
     ledger: Ledger | None = None,
@@ -125,7 +138,9 @@ def run_search(
         request: prompts, seed, call arguments.
         budget: limits; default none.
         rows, decode_rows, reward_rows: most rows for one model call, decode and reward call; halved when memory
-            runs out. Default: as many as fit (decoding on an accelerator: one).
+            runs out. Default: what :func:`visearch.memory.plan` says if ``budget.max_memory`` is given or the model
+            runs on a CUDA device, else all.
+        batch_buckets: the only batch sizes that the model may see, such as (1, 2, 4, 8), for compiled models.
         checkpoint: folder to save each round to; an existing one of the same run is resumed.
         cancelled: asked between rounds.
         ledger: continue counting in this one.
@@ -134,12 +149,12 @@ def run_search(
         ValueError: the budget is too small for one candidate, or the checkpoint belongs to another run.
     """
     budget, ledger = budget or Budget(), ledger or Ledger()
-    metered = MeteredSampler(sampler, ledger, budget, rows, decode_rows)
+    begin, prompts = time.perf_counter(), len(request.prompts)
+    metered = MeteredSampler(sampler, ledger, budget, rows, decode_rows, batch_buckets)
     scorer = MeteredReward(reward, ledger, reward_rows)
-    prompts = len(request.prompts)
-    search = search.plan(metered, _rows_a_prompt(budget, metered, prompts)).search
+    evaluate = Evaluator(metered, scorer, request)
+    given, search = search, search.plan(metered, budget.rows_a_prompt(metered, prompts)).search
     state = search.init(metered, request)
-    samples: dict[tuple[int, str], Any] = {}
     print_of_run = fingerprint(request, search, metered.num_stages)
     if checkpoint is not None and (saved := load_state(checkpoint, state, getattr(sampler, "device", "cpu"))):
         state, extra = saved
@@ -151,24 +166,19 @@ def run_search(
     for note in state.notes:
         warnings.warn(note, stacklevel=2)
 
-    def evaluate(population: Population) -> Population:
-        final = population.stage == metered.num_stages
-        level = metered.noise_level(population.stage)
-        decoded = metered.decode(population if final else metered.predict_x0(population))
-        texts = [request.reward_prompts[p] for p in population.prompt.tolist()]
-        metadata = [request.metadata[p] for p in population.prompt.tolist()]
-        scored = population.scored(scorer(decoded, texts, level, metadata))
-        if final:
-            keys = zip(scored.prompt.tolist(), scored.id, strict=True)
-            samples.update({key: decoded[i] for i, key in enumerate(keys)})
-        return scored
+    before = ledger.seconds["total"]
+    if _wants_plan(metered, search, request, budget):
+        sizes = {"rows": rows, "decode_rows": decode_rows, "reward_rows": reward_rows}
+        fits = plan(sampler, reward, given, request, budget, **sizes, batch_buckets=batch_buckets, ledger=ledger)
+        metered.rows, metered.decode_rows, scorer.batch_size = fits.rows, fits.decode_rows, fits.reward_rows
+    ledger.begin_memory()
 
     def result(stopped: str, error: BaseException | None = None) -> SearchResult:
         ledger.seconds["total"] = before + time.perf_counter() - begin
         notes = state.notes + tuple(scorer.warnings)
         if state.finished is not None and stopped != "running":
             notes += _all_failed(state.finished, request)
-        return SearchResult(request, state.finished, ledger, stopped, error, samples, state.pruned, notes)
+        return SearchResult(request, state.finished, ledger, stopped, error, evaluate.samples, state.pruned, notes)
 
     def make_round(stopped: str, error: BaseException | None = None, last: bool = False) -> Round:
         rows = state.finished
@@ -176,7 +186,6 @@ def run_search(
         scores = {p: float(rows.score[r]) for p, r in best.items()} if rows is not None else {}
         return Round(state.round, state, scores, ledger, result(stopped, error), last)
 
-    begin, before = time.perf_counter(), ledger.seconds["total"]
     stopped, error = "done", None
     while not search.done(state):
         elapsed = time.perf_counter() - begin
@@ -213,12 +222,10 @@ def run_search(
     yield make_round(stopped, error, last=True)
 
 
-def _rows_a_prompt(budget: Budget, sampler: Sampler, prompts: int) -> int | None:
-    """Model rows that each prompt may cost at most; ``None`` is no limit."""
-    limits = [] if budget.max_nfe is None else [budget.max_nfe // prompts]
-    if budget.max_images is not None:
-        limits.append(int((budget.max_images + ROUNDING) / prompts * sampler.nfe(0, sampler.num_stages)))
-    return min(limits, default=None)
+def _wants_plan(metered: MeteredSampler, search: Search, request: Request, budget: Budget) -> bool:
+    """Whether batches are cut to fit a limit: the user's, or what is free on a CUDA device, if there is what to cut."""
+    several = search.plan(metered).decodes * len(request.prompts) > 1
+    return budget.max_memory is not None or (metered.device.type == "cuda" and several)
 
 
 def _room(budget: Budget, ledger: Ledger, sampler: Sampler, state: SearchState, elapsed: float) -> float | None:
@@ -278,3 +285,84 @@ def _save(folder: str | Path, state: SearchState, extra: dict[str, Any], scorer:
         save_state(folder, state, extra)
     except OSError as error:
         scorer._warn(f"could not write checkpoint {folder}: {error}; the search goes on without it")
+
+
+# --- a row again ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Regenerated:
+    """A row that was run again, alone; ``drift`` is the largest difference of its state from the one that was kept."""
+
+    row: Population
+    drift: float
+
+
+def regenerate(sampler: Sampler, request: Request, row: Population, exact: bool = True) -> Regenerated:
+    """Run one row again from its seed and operations, and compare it with what was kept of it.
+
+    Args:
+        sampler: as in the search, the same view of it.
+        request: as in the search.
+        row: B = 1, e.g. ``result.winners().select([0])`` or what :meth:`SearchResult.save` wrote.
+        exact: run in batches of the sizes that the row was carried in, at the row's own place, the others filled with
+            copies of it, since kernels may round otherwise in other shapes; else alone, which is cheaper.
+
+    Raises:
+        ValueError: not exactly one row, or ``exact`` for a row whose batches were not all recorded.
+    """
+    if len(row) != 1:
+        raise ValueError(f"row holds {len(row)} rows; select one")
+    prompt, first, steps = int(row.prompt[0]), row.lineage[0][0], _script(row, exact)
+    others = {p for step in steps if isinstance(step, Batch) for p, _ in step.prompts} - {prompt}
+    seeds = [Seed(prompt, int(first.value), first.seed), *request.seeds(0, 1, sorted(others))]
+    with torch.no_grad():
+        again = sampler.init(request, seeds).select([0])  # init encodes the prompts that its batches will hold
+        for step in steps:
+            again = (_carry if isinstance(step, Batch) else _repeat)(sampler, again, step)
+    return Regenerated(again, _drift(again, row))
+
+
+def _script(row: Population, exact: bool) -> list[Event | Batch]:
+    """What happened to a row after its init, in order; not exact: carried alone between its operations."""
+    events, batches = list(row.lineage[0][1:]), list(row.batches[0])
+    steps: list[Event | Batch] = []
+    stage = 0
+    while events or stage != row.stage:
+        if events and events[0].stage == stage:
+            steps.append(events.pop(0))
+            stage = int(steps[-1].value) if steps[-1].op == "renoise" else stage
+            continue
+        if not exact:
+            steps.append(Batch(stage, events[0].stage if events else row.stage, 1, 0, ((int(row.prompt[0]), 1),)))
+        elif batches and batches[0].start == stage:
+            steps.append(batches.pop(0))
+        else:
+            raise ValueError(f"the batch that carried this row on from stage {stage} is not recorded; use exact=False")
+        stage = steps[-1].stop
+    return steps
+
+
+def _repeat(sampler: Sampler, row: Population, event: Event) -> Population:
+    """One operation of a row's lineage."""
+    if event.op == "fork":
+        copy = int(event.value)
+        return row.select([0] * (copy + 1)).select([copy])
+    if event.op == "renoise":
+        return sampler.renoise(row, int(event.value), [event.seed])
+    return sampler.perturb(row, event.value, [event.seed])
+
+
+def _carry(sampler: Sampler, row: Population, batch: Batch) -> Population:
+    """Carry a row as it was, at the same place in a batch of the same prompts; the others are copies of it."""
+    prompts = torch.tensor([p for p, count in batch.prompts for _ in range(count)])
+    order = list(range(1, batch.rows))
+    order.insert(batch.position, 0)  # the first copy is the one that keeps its random stream
+    rows = replace(row.select([0] * batch.rows).select(order), prompt=prompts)
+    return sampler.advance(rows, batch.stop).select([batch.position])
+
+
+def _drift(a: Population, b: Population) -> float:
+    """Largest absolute difference of the tensors that belong to the rows."""
+    pairs = [(t, b.state.tensors[name]) for name, t in a.state.tensors.items() if a.state.axes[name] is not None]
+    return max(float((x.cpu().double() - y.cpu().double()).abs().max()) for x, y in pairs)
