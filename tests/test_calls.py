@@ -254,7 +254,7 @@ def test_older_callbacks_hear_of_live_steps_once():
 def test_timesteps_and_sigmas_of_the_users_own(cogview):
     size = {"height": 32, "width": 32, "output_type": "np"}
     euler = tiny.build("sd", EulerDiscreteScheduler())
-    for pipe, own in ((euler, {"timesteps": [900, 500, 20]}), (cogview, {"sigmas": [1.0, 0.6, 0.2]})):
+    for pipe, own in ((euler, {"timesteps": [900, 500, 20]}), (cogview, {"sigmas": [1.0, 0.6, 0.2], **STEPS})):
         plain = pipe("a cow", generator=seeded(), **own, **size)
         found = wrap(pipe)("a cow", generator=seeded(), **own, **size)
         assert_equal(plain, found)

@@ -22,7 +22,7 @@ from visearch.run import SearchResult
 if TYPE_CHECKING:
     from visearch.pipelines.diffusion import DiffusionSampler
 
-__all__ = ["Job", "Samplers"]
+__all__ = ["Job", "Samplers", "components"]
 
 _TEXT = re.compile(r"(negative_)?prompt(_\d+)?$")
 _EMBEDDING = re.compile(r"(negative_)?(pooled_)?prompt_\w*(embeds|mask)(_\w+)?$")
@@ -121,6 +121,11 @@ class Job:
         return self.sampler.output(result.winners(self.winners), **self.overrides)
 
 
+def components(pipe: Any) -> dict[str, Any]:
+    """A pipeline's parts by name, also those which ``pipe.components`` leaves out since its constructor makes them."""
+    return {k: getattr(pipe, k, None) for k in pipe.config if not k.startswith("_")} | pipe.components
+
+
 class Samplers:
     """Keeps the sampler of the latest call: its dry runs need not be repeated while nothing that shapes them changed.
 
@@ -162,7 +167,7 @@ def _pipeline_key(pipe: Any) -> tuple[Any, ...]:
     return (
         _Same(vars(pipe)),
         repr(sorted(pipe.config.items(), key=lambda item: item[0])),
-        *((name, _Same(part), *_traits(part)) for name, part in sorted(pipe.components.items())),
+        *((name, _Same(part), *_traits(part)) for name, part in sorted(components(pipe).items())),
     )
 
 
@@ -173,7 +178,7 @@ def _traits(part: Any) -> Iterator[Any]:
         yield from () if first is None else (first.dtype, first.device)
         yield getattr(part, "is_cache_enabled", False)
     if hasattr(part, "save_config"):  # diffusers' own; those of transformers are slow to print and change no shapes
-        yield repr(part.config)
+        yield repr(getattr(part, "config", None))
     if hasattr(part, "set_timesteps"):
         yield getattr(part, "shift", None)
 
@@ -205,7 +210,7 @@ def _split(
     if listed and not prompt:
         raise ValueError("prompt is an empty list; give at least one text")
     references = type(pipe).__name__.startswith(_REFERENCES) or any(
-        type(part).__name__.startswith("Multi") or "Union" in type(part).__name__ for part in pipe.components.values()
+        type(part).__name__.startswith("Multi") or "Union" in type(part).__name__ for part in components(pipe).values()
     )
     counts = (_count(name, value, references) for name, value in given.items())
     count = len(prompt) if listed else 1 if prompt is not None else next((c for c in counts if c is not None), None)
@@ -258,7 +263,9 @@ def _entries(name: str, value: Any, prompts: int, references: bool) -> tuple[Any
         return None if name.startswith("callback") else tuple(value)
     if name == "class_labels":
         return tuple([v] for v in value)
-    return tuple(value) if _is_media_list(name, value) and not references else None
+    if references:  # a list of them for each prompt
+        return tuple(value) if _MEDIA.match(name) and all(isinstance(v, (list, tuple)) for v in value) else None
+    return tuple(value) if _is_media_list(name, value) else None
 
 
 def _row_axis(name: str) -> int:

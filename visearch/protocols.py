@@ -106,7 +106,7 @@ class Request:
         object.__setattr__(self, "generators", clones or (None,) * count)
         object.__setattr__(self, "prompt_ids", self.prompt_ids or tuple(ids))
         if len(self.generators) % count:
-            raise ValueError(f"generators has {len(self.generators)} entries for {count} prompts; give as many a prompt")
+            raise ValueError(f"generators has {len(self.generators)} entries for {count} prompts; give j a prompt")
         own = ("reward_prompts", "metadata", "prompt_ids")
         sized = [(name, getattr(self, name)) for name in own] + list(self.per_prompt.items())
         for name, values in sized:

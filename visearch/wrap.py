@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from visearch.budget import Budget, Ledger, MeteredReward
-from visearch.job import Job, Samplers
+from visearch.job import Job, Samplers, components
 from visearch.protocols import Reward, Search
 from visearch.rewards import RewardLike, resolve
 from visearch.run import Round, SearchResult, run_search
@@ -105,12 +105,12 @@ def _check_pipeline(pipe: Any) -> None:
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"pipe is a {type(pipe).__name__}; give a diffusers pipeline object")
     # one with text encoders alone can still encode prompts
-    if any(isinstance(c, nn.Module) and "text" not in name for name, c in pipe.components.items()):
+    if any(isinstance(c, nn.Module) and "text" not in name for name, c in components(pipe).items()):
         _check_scheduler(pipe)
 
 
 def _check_scheduler(pipe: Any) -> None:
-    if not any(hasattr(c, "step") and hasattr(c, "set_timesteps") for c in pipe.components.values()):
+    if not any(hasattr(c, "step") and hasattr(c, "set_timesteps") for c in components(pipe).values()):
         raise ValueError(
             f"{type(pipe).__name__} has no scheduler, so there is no loop to search in; set pipe.scheduler first, or "
             "wrap the pipeline that makes the images"
@@ -276,7 +276,7 @@ def _alone(pipe: Any) -> Iterator[Callable[[], None]]:
     """
     parts = {
         name: part
-        for name, part in pipe.components.items()
+        for name, part in components(pipe).items()
         if isinstance(part, nn.Module) or hasattr(part, "set_timesteps")
     }
     with _guard:
