@@ -26,7 +26,7 @@ import numpy as np
 from visearch.search.successive_halving import SuccessiveHalving
 from visearch.statistics import Interval, expected_best, paired_interval, resample
 
-SEEDS, PROMPTS, DRAWS = 16, 64, 2000
+SEEDS, PROMPTS, DRAWS = 16, 64, 20_000
 BARS = (3, 4, 6)
 RECORD = Path(__file__).parents[1] / "results" / "halving-validation.jsonl"
 JUDGES = ("a", "b", "c")
@@ -101,6 +101,8 @@ def price(rows: Sequence[dict[str, Any]]) -> float:
 
 def value(row: dict[str, Any], search: SuccessiveHalving, draws: int = DRAWS) -> np.ndarray:
     """Mean final reward and verdicts of what a planned search picks on one prompt, over random sets of seeds."""
+    if not search.calls:
+        return best_of(row, search.n)
     scores, rng = np.array(row["rewards"]), np.random.default_rng(row["index"])
     alive = rng.random((draws, SEEDS)).argsort(1)[:, : search.n]
     for stage, kept in (*zip(search.calls, search.keep, strict=True), (len(scores), 1)):
