@@ -5,8 +5,9 @@
 
 ``draw`` carries 16 seeds of each of 64 validation prompts through all stages, scores the preview after every one of
 them, and writes one line a prompt to ``assets/results/halving-validation.jsonl``: the reward by stage and seed, the
-verdicts of three judges on the finals, and the seconds by kind of work. No image is kept. Searches that only select
-are evaluated on that pool exactly, without drawing anything again.
+verdicts of three judges on the finals, and the seconds by kind of work. (28 of the recorded prompts were drawn with 32
+seeds and cut to the first 16; their nfe, decodes and seconds are of all 32.) No image is kept. Searches that
+only select are evaluated on that pool exactly, without drawing anything again.
 
 Honest cost counts what a search spends beyond model rows: one decode and score costs y model rows, measured in the
 same run. Every search gets what best-of-N costs, ``N (one + y)`` with ``one`` the rows of one candidate.
