@@ -492,6 +492,8 @@ class DiffusionSampler:
                 if self.schedule.order != 1:
                     raise ValueError(f"{type(transition).__name__} needs a scheduler of order 1, this one has order 2")
                 self._level(0)
+                if self.strategy == "whole" or any(layout.blocks > 1 for layout in self.replay.layouts.values()):
+                    raise ValueError(f"{type(self.pipe).__name__} steps several samples a row; leave transition out")
             made.transition = transition
         return made
 

@@ -144,6 +144,8 @@ def _same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
         return np.array_equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
     return type(a) is type(b) and bool(a == b)
 
 
@@ -265,9 +267,10 @@ class Schedule:
         begun = max(self.slots.index(slot) for slot in set(self.slots)) + 1
         return next(stage for stage, end in enumerate(self.ends) if end >= begun)
 
-    def last_call(self, clock: int) -> bool:
-        """Whether a clock is the end of a loop."""
-        return self.slots[clock - 1] not in self.slots[clock:]
+    @functools.cached_property
+    def between(self) -> frozenset[int]:
+        """Clocks at which one loop is over and another follows."""
+        return frozenset(c for c in range(1, self.calls) if not set(self.slots[:c]) & set(self.slots[c:]))
 
     def level(self, clock: int, slot: int = 0) -> Level | None:
         """Level of a slot's sample at a clock."""
@@ -333,6 +336,7 @@ class Replay:
         example = {k: v for k, v in example.items() if k in self.parameters}
         self.strategy, self.reason = self._check({**call}, example)
         if self.strategy == "whole":
+            self.schedule = Schedule((0,), (0, 1), (sum(self.schedule.model_rows),), (None,), (None,), 1)
             warnings.warn(
                 f"{type(pipe).__name__} cannot be stopped and resumed ({self.reason}): candidates are drawn as whole "
                 "runs, so a search can choose between finished ones only",
@@ -364,7 +368,8 @@ class Replay:
         self.schedule = _schedule(run)
         if run.reading and not run.live:
             return "whole", "its models keep key/value caches between steps in a way that is not known here"
-        marks = sorted({self.schedule.ends[min(1, self.schedule.stages)], self.schedule.ends[self.schedule.stages // 2]})
+        ends, last_loop = self.schedule.ends, max(self.schedule.between, default=0)
+        marks = sorted({ends[1], ends[self.schedule.stages // 2], last_loop, last_loop + 1})
         marks = [m for m in marks if 0 < m < self.schedule.calls]
         number = next((n for n in COUNTS if n in self.parameters), None)
         repeated = {k: batch([v, v]) for k, v in example.items() if v is not None}
@@ -444,13 +449,17 @@ def batch(values: Sequence[Any]) -> Any:
 
 
 def _schedule(run: _Run) -> Schedule:
-    order = getattr(run.owners[0], "order", 1)
+    order = getattr(run.first, "order", 1)
     passes = _passes(run.slots)
     ends = passes[order - 1 :: order]
     return Schedule(
         slots=tuple(run.slots),
         ends=(0, *ends) if ends and ends[-1] == passes[-1] else (0, *ends, passes[-1]),
-        model_rows=tuple(run.model_rows.get(c, 0) for c in range(len(run.slots))),
+        # a model that runs after one loop and before the next sets its timesteps belongs to neither
+        model_rows=tuple(
+            sum(rows for at, loops, rows in run.seen if at == clock and loops == run.loop_of[clock])
+            for clock in range(len(run.slots))
+        ),
         levels=tuple(run.levels),
         first_index=tuple(run.first_index),
         order=order,
@@ -529,10 +538,14 @@ class _Run:
         self.entered = False  # the loop has begun
         self.described: list[Any] = []  # of each prompt, what encode_prompt gave
         self.slots: list[int] = []
-        self.owners: list[Any] = []  # slot -> scheduler
+        self.owners: list[tuple[Any, torch.Size]] = []  # slot -> scheduler and shape of its samples
+        self.first: Any = None  # scheduler that stepped first
         self.fresh: dict[int, dict[str, Any]] = {}  # slot -> its fields before stepping
+        self.sample: Tensor | None = None  # that the latest step was given
         self.last: dict[int, tuple[dict[str, Tensor], Tensor | None]] = {}  # slot -> outputs and x0 of its last call
-        self.model_rows: dict[int, int] = {}
+        self.loops = 0  # calls of set_timesteps
+        self.loop_of: list[int] = []  # the same at each step
+        self.seen: list[tuple[int, int, int]] = []  # of each model call of a dry run: clock, loops, rows
         self.live: set[int] = set()  # clocks at which a model fills a cache
         self.reading: set[int] = set()  # clocks at which a model is given a cache
         self.spent = 0  # model rows of a plain run
@@ -687,7 +700,8 @@ class _Run:
         if not self.entered and self.timed and not replay.has_bar:
             self._enter()
         schedule = replay.schedule
-        if not self.entered:
+        resting = schedule is not None and self.clock in schedule.between and self.loops == self.loop_of[-1]
+        if not self.entered or resting:
             return self._once(name, shadow, *args, **kwargs)
         if schedule is not None and self.clock >= schedule.calls and not self.plain:
             return real(*args, **kwargs)
@@ -708,7 +722,7 @@ class _Run:
         self, name: str, shadow: _Shadow, batch: Any, rows: int, args: tuple, kwargs: dict[str, Any]
     ) -> Any:
         stubs, clock = self.replay.stubs, self.clock
-        self.model_rows[clock] = self.model_rows.get(clock, 0) + rows
+        self.seen.append((clock, self.loops, rows))
         if self.observe:
             spent = stubs.observe(name, shadow.__wrapped__, args, kwargs, rows)
             if spent is not None:
@@ -729,16 +743,18 @@ class _Run:
     def _set_timesteps(self, shadow: _Shadow, *args: Any, **kwargs: Any) -> Any:
         if self.active:
             self.timed = True
-            for slot, owner in enumerate(self.owners):
+            self.loops += 1
+            for slot, (owner, _) in enumerate(self.owners):
                 if owner is shadow.owner:
-                    self.owners[slot] = None  # its loop is over; what it steps next is another (chunks of a video)
+                    # its loop is over; what it steps next is another (chunks of a video)
+                    self.owners[slot] = None, torch.Size()
         return shadow.__wrapped__(*args, **kwargs)
 
-    def _slot(self, scheduler: Any) -> int:
-        for slot, owner in enumerate(self.owners):
-            if owner is scheduler:
+    def _slot(self, scheduler: Any, shape: torch.Size) -> int:
+        for slot, known in enumerate(self.owners):
+            if known == (scheduler, shape):
                 return slot
-        self.owners.append(scheduler)
+        self.owners.append((scheduler, shape))
         return len(self.owners) - 1
 
     def _step(self, shadow: _Shadow, *args: Any, **kwargs: Any) -> Any:
@@ -750,24 +766,27 @@ class _Run:
             self.clock += 1
             return real(*args, **kwargs)
         bound = inspect.signature(real).bind(*args, **kwargs)
-        slot = self._slot(scheduler)
+        sample = bound.arguments["sample"]
+        slot = self._slot(scheduler, sample.shape if torch.is_tensor(sample) else torch.Size())
         call = self.slots.count(slot)
+        if self.first is None:
+            self.first = scheduler
         if slot not in self.fresh:
             self.fresh[slot] = {k: _clone(v) for k, v in vars(scheduler).items() if k not in ("step", "set_timesteps")}
             self._learn(scheduler, bound.arguments["timestep"])
         self.slots.append(slot)
+        self.loop_of.append(self.loops)
         self.clock += 1
         if self.clock <= self.begin:
             values = self._recorded(slot)
             ended = self.state.tensors.get(f"ended.{slot}")
-            if ended is not None and self.clock < self.begin and self.replay.schedule.last_call(self.clock):
+            if ended is not None and self.clock < self.begin and self.clock in self.replay.schedule.between:
                 self._set_streams(ended)
             if self.clock == self.begin:
                 self._resume()
         else:
             values = self._live_step(scheduler, real, bound, slot, call)
-            schedule = self.replay.schedule
-            if schedule is not None and self.clock < schedule.calls and schedule.last_call(self.clock):
+            if self.replay.schedule is not None and self.clock in self.replay.schedule.between:
                 self.ended[slot] = [g.get_state() for g in self.generators]
         if self.clock in self.marks:
             self.marked[self.clock] = self.capture(), [g.get_state() for g in self.generators]
@@ -814,7 +833,7 @@ class _Run:
         if isinstance(self.transition, (Sde, EtaStep)):
             values["prev_sample"] = self._transit(sample, x0, levels[call], levels[call + 1]).to(values["prev_sample"])
         self._locate(slot, values)
-        self.last[slot] = values, x0
+        self.last[slot], self.sample = (values, x0), sample
         return values
 
     def _locate(self, slot: int, values: Mapping[str, Any]) -> None:
@@ -856,7 +875,7 @@ class _Run:
         for slot, saved in self.state.fields.get("schedulers", {}).items():
             layout, tensors = Layout(*saved["layout"]), self.state.tensors
             fields = {k: _unpack(v, layout, tensors) for k, v in saved["fields"].items()}
-            vars(self.owners[int(slot)]).update(fields)
+            vars(self.owners[int(slot)][0]).update(fields)
         for name, guider in self.replay.guiders.items():
             if guider.momentum_buffer is not None:
                 average = self.state.tensors.get(f"guider.{name}")
@@ -875,7 +894,7 @@ class _Run:
         def put(name: str, value: Tensor, layout: Layout) -> None:
             tensors[name], axes[name] = layout.split(value, self.rows).detach(), layout.row_axis
 
-        for slot, owner in enumerate(self.owners):
+        for slot, (owner, _) in enumerate(self.owners):
             live = slot in self.last
             values, x0 = self.last[slot] if live else (self._recorded(slot), None)
             layouts = {n: self._layout_of(slot, n, v) for n, v in values.items() if torch.is_tensor(v)}
@@ -901,6 +920,13 @@ class _Run:
                 for k, v in vars(owner).items()
                 if k not in ("step", "set_timesteps") and not (k in fresh and _same(fresh[k], v))
             }
+            if live and slot == self.slots[-1]:
+                # a sample that is a view (one frame of a video) is overwritten with what the step gives
+                sample = self.sample
+                held = sample.untyped_storage().nbytes() > sample.numel() * sample.element_size()
+                for k, v in changed.items():
+                    if held and torch.is_tensor(v) and v.data_ptr() == sample.data_ptr() and v.shape == sample.shape:
+                        changed[k] = values["prev_sample"].to(v)
             packed = {
                 k: _pack(v, f"scheduler.{slot}.{k}", self.rows, layout, tensors, axes) for k, v in changed.items()
             }
