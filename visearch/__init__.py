@@ -11,6 +11,7 @@ _PUBLIC = {
     "BestOfN": "visearch.search.best_of_n",
     "Budget": "visearch.budget",
     "Ledger": "visearch.budget",
+    "Plan": "visearch.memory",
     "Population": "visearch.protocols",
     "Request": "visearch.protocols",
     "Reward": "visearch.protocols",
@@ -20,6 +21,8 @@ _PUBLIC = {
     "SearchPipeline": "visearch.wrap",
     "SearchResult": "visearch.run",
     "SuccessiveHalving": "visearch.search.successive_halving",
+    "plan": "visearch.memory",
+    "regenerate": "visearch.run",
     "run_search": "visearch.run",
 }
 

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from visearch.budget import Budget, Ledger, MeteredReward
 from visearch.job import Job, Samplers, components
+from visearch.memory import Plan, plan
 from visearch.protocols import Reward, Search
 from visearch.rewards import RewardLike, resolve
 from visearch.run import Round, SearchResult, run_search
@@ -65,6 +66,9 @@ class SearchPipeline:
         budget: limits of one call; default none.
         held_out: rewards that only score the winners, beside the one that guides.
         rows, decode_rows: most rows for the model and the decoder at once; default as many as fit.
+        batch_buckets: the only batch sizes that the model may see, such as (1, 2, 4, 8), for compiled models.
+
+    ``.plan(...)``, called as the pipeline, tells the work and the memory of a call before it (:class:`visearch.Plan`).
 
     Raises:
         TypeError: ``pipe`` is no diffusers pipeline.
@@ -87,11 +91,13 @@ class SearchPipeline:
         held_out: Sequence[RewardLike] = (),
         rows: int | None = None,
         decode_rows: int | None = None,
+        batch_buckets: Sequence[int] | None = None,
     ) -> Any:
         _check_pipeline(pipe)
         device = getattr(pipe, "_execution_device", "cpu")
         rewards = [resolve(r, device) for r in (reward, *held_out)]
-        settings = _Settings(rewards[0], make_search(search), budget, rewards[1:], rows, decode_rows)
+        sizes = {"rows": rows, "decode_rows": decode_rows, "batch_buckets": batch_buckets}
+        settings = _Settings(rewards[0], make_search(search), budget, rewards[1:], sizes)
         pipe = _plain(pipe)
         wrapped = object.__new__(_subclass(type(pipe), settings))
         object.__setattr__(wrapped, "__dict__", vars(pipe))
@@ -144,6 +150,10 @@ def _subclass(kind: type, settings: _Settings) -> type:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _session(self).call(*args, **kwargs)
 
+    def plan(self: Any, *args: Any, **kwargs: Any) -> Plan:
+        """Work and memory of a call with these arguments, before it."""
+        return _session(self).plan(*args, **kwargs)
+
     def __getattr__(self: Any, name: str) -> Any:
         left = _session(self).left
         return left[name] if name in left else super(made, self).__getattr__(name)
@@ -154,6 +164,7 @@ def _subclass(kind: type, settings: _Settings) -> type:
         "__doc__": kind.__doc__,
         "__call__": __call__,
         "__getattr__": __getattr__,
+        "plan": plan,
         "_visearch_kind": kind,
         "_visearch_settings": settings,
         "search_result": property(lambda self: _session(self).result, doc="SearchResult of the latest call, or None."),
@@ -170,8 +181,7 @@ class _Settings:
     search: Search
     budget: Budget | None
     held_out: list[Reward]
-    rows: int | None
-    decode_rows: int | None
+    sizes: dict[str, Any]
 
 
 class _Session:
@@ -215,6 +225,13 @@ class _Session:
             output.search = result
         return output
 
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        settings, limit = self.settings, getattr(self.settings.budget, "max_nfe", None)
+        _check_scheduler(self.pipe)
+        with _alone(self.pipe), torch.random.fork_rng(devices=[]):  # a seed may be drawn, as in the call
+            job = Job.of(self.pipe, settings.search, *args, max_nfe=limit, samplers=self.samplers, **kwargs)
+            return plan(job.sampler, settings.reward, job.search, job.request, settings.budget, **settings.sizes)
+
     def _leave(self, attributes: dict[str, Any]) -> None:
         """Properties such as ``guidance_scale`` read as after a plain call; the pipeline gets no new attributes."""
         own = vars(self.pipe)
@@ -234,8 +251,7 @@ class _Session:
                 job.search,
                 job.request,
                 budget,
-                rows=settings.rows,
-                decode_rows=settings.decode_rows,
+                **settings.sizes,
                 ledger=BarLedger(bar=bar),
             )
 
