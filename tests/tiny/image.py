@@ -184,7 +184,10 @@ def kandinsky22() -> KandinskyV22CombinedPipeline:
     ).eval()  # fmt: skip
     prior = PriorTransformer(num_attention_heads=2, attention_head_dim=12, embedding_dim=32, num_layers=1).eval()
     torch.nn.init.ones_(prior.clip_std)
-    schedule = DDIMScheduler(beta_schedule="linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    schedule = DDIMScheduler(
+        beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
     return KandinskyV22CombinedPipeline(
         unet=denoiser, scheduler=schedule, movq=movq, prior_prior=prior, prior_image_encoder=clip_vision(),
         prior_text_encoder=clip_text(projected=True), prior_tokenizer=clip_tokenizer(),

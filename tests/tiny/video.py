@@ -60,7 +60,7 @@ from tiny.parts import (
     video_vae,
     word_tokenizer,
 )
-from tiny.registry import PROMPT, family
+from tiny.registry import family
 
 SIZE = {"height": 16, "width": 16}
 NO_TEMPLATE = {"template": "{}", "crop_start": 0}
@@ -173,9 +173,9 @@ def animatediff() -> AnimateDiffPipeline:
     return pipe
 
 
-@family("wan-i2v", prompt=lambda: {"prompt": PROMPT, "image": PICTURE}, num_frames=5, **SIZE)
+@family("wan-i2v", image=PICTURE, num_frames=5, **SIZE)
 def wan_image_to_video() -> WanImageToVideoPipeline:
-    """An image of the prompt's own, in the latents and in cross-attention."""
+    """An image in the latents and in cross-attention."""
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=36, out_channels=16,
         text_dim=32, freq_dim=64, ffn_dim=32, num_layers=1, cross_attn_norm=True, rope_max_seq_len=32, image_dim=32,
