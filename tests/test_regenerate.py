@@ -89,6 +89,16 @@ def test_forks_moves_and_restarts_run_again(sampler):
         assert alone.drift <= 1e-4 * max(1.0, largest)  # latents of random weights reach far beyond 1
 
 
+def test_what_it_takes_is_not_booked_with_the_search():
+    request, sampler = Request(("a",), seed=3), GaussianToy()
+    result = search(sampler, request, rows=3)
+    spent = result.ledger.nfe
+    kept = result.finished.select([1])
+    assert regenerate(sampler, request, kept).ledger.nfe == 3 * sampler.nfe(0, 8)
+    assert regenerate(sampler, request, kept, exact=False).ledger.nfe == sampler.nfe(0, 8)
+    assert result.ledger.nfe == spent and sampler.meter is result.ledger
+
+
 def test_drift_is_the_largest_difference():
     request = Request(("a",), seed=3)
     kept = search(GaussianToy(), request).winners()

@@ -365,7 +365,12 @@ class Population:
         return replace(self, state=self.state.snapshot())
 
     def save(self, folder: str | Path, name: str = "population") -> None:
-        """Write ``<name>.safetensors`` and ``<name>.json``, each atomically."""
+        """Write ``<name>.safetensors`` and ``<name>.json``, each atomically.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         folder = Path(folder)
@@ -382,7 +387,11 @@ class Population:
             "rng_device": self.rng_device,
             "batches": self.batches,
         }
-        save_file({k: t.detach().contiguous().clone() for k, t in tensors.items()}, folder / f"{name}.part.safetensors")
+        tensors = {k: t.detach().contiguous().clone() for k, t in tensors.items()}
+        try:
+            save_file(tensors, folder / f"{name}.part.safetensors")
+        except SafetensorError as error:  # a full disk, too
+            raise OSError(f"could not write {folder / name}.safetensors: {error}") from error
         (folder / f"{name}.part.json").write_text(json.dumps(meta))
         for kind in ("safetensors", "json"):
             (folder / f"{name}.part.{kind}").replace(folder / f"{name}.{kind}")

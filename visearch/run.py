@@ -292,10 +292,17 @@ def _save(folder: str | Path, state: SearchState, extra: dict[str, Any], scorer:
 
 @dataclass(frozen=True)
 class Regenerated:
-    """A row that was run again, alone; ``drift`` is the largest difference of its state from the one that was kept."""
+    """A row that was run again.
+
+    Attributes:
+        row: B = 1.
+        drift: largest absolute difference of its state (the latents) from what was kept.
+        ledger: what it took; nothing of it is booked with the search.
+    """
 
     row: Population
     drift: float
+    ledger: Ledger
 
 
 def regenerate(sampler: Sampler, request: Request, row: Population, exact: bool = True) -> Regenerated:
@@ -316,11 +323,15 @@ def regenerate(sampler: Sampler, request: Request, row: Population, exact: bool 
     prompt, first, steps = int(row.prompt[0]), row.lineage[0][0], _script(row, exact)
     others = {p for step in steps if isinstance(step, Batch) for p, _ in step.prompts} - {prompt}
     seeds = [Seed(prompt, int(first.value), first.seed), *request.seeds(0, 1, sorted(others))]
-    with torch.no_grad():
-        again = sampler.init(request, seeds).select([0])  # init encodes the prompts that its batches will hold
-        for step in steps:
-            again = (_carry if isinstance(step, Batch) else _repeat)(sampler, again, step)
-    return Regenerated(again, _drift(again, row))
+    meter, sampler.meter = sampler.meter, (ledger := Ledger())
+    try:
+        with torch.no_grad():
+            again = sampler.init(request, seeds).select([0])  # init encodes the prompts that its batches will hold
+            for step in steps:
+                again = (_carry if isinstance(step, Batch) else _repeat)(sampler, again, step)
+    finally:
+        sampler.meter = meter
+    return Regenerated(again, _drift(again, row), ledger)
 
 
 def _script(row: Population, exact: bool) -> list[Event | Batch]:
