@@ -66,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         help="search for one prompt and keep baseline, winner and every candidate",
         description="Search for one prompt. Writes winner.png, baseline.png (same seed, sampled once), "
-        "contact-sheet.png and result.json, which holds the command that regenerates the winner.",
+        "contact-sheet.png, winner.safetensors (its latents) and result.json, which holds the command that regenerates "
+        "the winner.",
         epilog=RUN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -101,7 +102,17 @@ def _parser() -> argparse.ArgumentParser:
     limits.add_argument("--max-seconds", type=float, metavar="S", help="most seconds; overrun by at most one operation")
     limits.add_argument("--target", type=float, metavar="R", help="stop once a finished candidate scores this much")
     limits.add_argument("--patience", type=int, metavar="K", help="stop after K finished candidates without a new best")
+    limits.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="most bytes beyond the weights, such as 8GiB: batches are cut to fit (default: 0.9 of a free CUDA device)",
+    )
     run.add_argument("--seed", type=int, default=0, help="of candidate 0, and all others (default %(default)s)")
+    run.add_argument(
+        "--exact",
+        action="store_true",
+        help="afterwards run the winner again, in the batch sizes that carried it, and tell how far it drifts",
+    )
     run.add_argument("--out", metavar="DIR", help="folder for the results (default outputs/<prompt>)")
 
     demo = commands.add_parser(
@@ -134,6 +145,19 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="(default: float32 on cpu)")
     model.add_argument("--offload", choices=["model", "sequential"], help="keep weights on the CPU between uses")
     model.add_argument("--rows", type=int, metavar="B", help="most candidates in one model call")
+    model.add_argument(
+        "--batch-buckets",
+        type=_sizes,
+        metavar="B,B,...",
+        help="the only numbers of candidates in one model call, such as 1,2,4,8, for compiled models",
+    )
+
+
+def _sizes(text: str) -> str:
+    """Comma-separated sizes, checked."""
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of sizes; write it as 1,2,4,8")
+    return text
 
 
 # --- visearch run ---------------------------------------------------------------------------------------------
@@ -154,7 +178,9 @@ def _run(options: argparse.Namespace) -> int:
     from visearch.wrap import make_search
 
     search = make_search(options.search, **{"n": options.n, **_hyperparameters(options)})
-    budget = Budget(options.max_nfe, options.max_seconds, options.target, options.patience)
+    budget = Budget(
+        options.max_nfe, options.max_seconds, options.target, options.patience, max_memory=options.max_memory
+    )
     out = check_folder(options.out or Path("outputs") / _slug(options.prompt))
     found = search_once(options, options.prompt, search, budget)
     written = _write(out, options, found)
@@ -183,7 +209,8 @@ def _hyperparameters(options: argparse.Namespace) -> dict[str, Any]:
 class Found:
     """One search of one prompt with everything that is reported about it.
 
-    ``search`` is cut to the budget; ``price`` is what one decode and score cost in model rows, as measured.
+    ``search`` is cut to the budget; ``price`` is what one decode and score cost in model rows, as measured; ``drift``
+    is how far the winner's latents were off when it was run again, ``None`` where it was not.
     """
 
     search: Any
@@ -195,6 +222,7 @@ class Found:
     images: dict[str, Any]
     call: dict[str, Any]
     notes: dict[str, str]
+    drift: float | None = None
 
 
 def search_once(options: argparse.Namespace, prompt: str, search: Any, budget: Any, pipe: Any = None) -> Found:
@@ -209,9 +237,10 @@ def search_once(options: argparse.Namespace, prompt: str, search: Any, budget: A
 
     from visearch.rewards import resolve
     from visearch.rewards.images import to_pil
-    from visearch.run import run_search
+    from visearch.run import regenerate, run_search
     from visearch.wrap import BarLedger, Job
 
+    buckets = options.batch_buckets and [int(size) for size in options.batch_buckets.split(",")]
     device = _device(options.device)
     reward = resolve(options.reward, device)
     held_out = [resolve(name, device) for name in options.held_out]
@@ -221,13 +250,23 @@ def search_once(options: argparse.Namespace, prompt: str, search: Any, budget: A
     plan = search.plan(job.sampler, budget.max_nfe)
     with tqdm(total=plan.nfe, desc=f"{options.search} n={getattr(plan.search, 'n', '')}", unit="row") as bar:
         for step in run_search(
-            job.sampler, reward, search, job.request, budget, rows=options.rows, ledger=BarLedger(bar=bar)
+            job.sampler,
+            reward,
+            search,
+            job.request,
+            budget,
+            rows=options.rows,
+            batch_buckets=buckets,
+            ledger=BarLedger(bar=bar),
         ):
             if step.best:
                 bar.set_postfix(best=f"{step.best[0]:.3f}")
     result = step.result
     if result.finished is None:
         raise result.error or RuntimeError(f"the search stopped ({result.stopped}) before a candidate was finished")
+    drift = (
+        regenerate(job.sampler, job.request, result.winners()).drift if options.exact and result.error is None else None
+    )
     ranking = result.ranking
     images = {c["id"]: to_pil(result.samples[0, c["id"]][None])[0] for c in ranking}
     first = next((c for c in ranking if c["id"] == "0"), None)
@@ -242,7 +281,7 @@ def search_once(options: argparse.Namespace, prompt: str, search: Any, budget: A
         for candidate, value in zip((ranking[0], first), values, strict=True):
             candidate.setdefault("held_out", {})[judge.name] = value
     notes = {judge.name: getattr(judge, "note", "") for judge in held_out}
-    return Found(plan.search, step.state.price, reward, result, ranking[0], first, images, call, notes)
+    return Found(plan.search, step.state.price, reward, result, ranking[0], first, images, call, notes, drift)
 
 
 def make_baseline() -> Any:
@@ -325,7 +364,10 @@ def command_line(options: argparse.Namespace, **changes: Any) -> str:
     words = ["visearch", "run", values["prompt"]]
     skipped = {"command", "prompt", "out"}
     for name, value in values.items():
-        if name in skipped or value is None or value == []:
+        if name in skipped or value is None or value is False or value == []:
+            continue
+        if value is True:
+            words.append("--" + name.replace("_", "-"))
             continue
         for entry in value if isinstance(value, list) else [value]:
             words += ["--" + name.replace("_", "-"), str(entry)]
@@ -336,7 +378,7 @@ def winner_command(options: argparse.Namespace, found: Found) -> str:
     """Regenerates the winner alone where a seed suffices, else repeats the whole search."""
     if len(found.winner["lineage"]) > 1:
         return command_line(options)
-    limits = {**dict.fromkeys(("max_nfe", "max_seconds", "target", "patience")), "set": []}
+    limits = {**dict.fromkeys(("max_nfe", "max_seconds", "target", "patience")), "set": [], "exact": False}
     return command_line(options, search="best-of-n", n=1, seed=found.winner["seed"], **limits)
 
 
@@ -363,10 +405,12 @@ def _write(out: Path, options: argparse.Namespace, found: Found) -> bool:
         "ledger": result.ledger.as_dict(),
         "command": command_line(options),
         "winner_command": winner_command(options, found),
+        "drift": found.drift,
         "versions": versions(),
     }
     try:
         write_json(out / "result.json", content)
+        result.save(out)
         write_image(out / "winner.png", found.images[found.winner["id"]])
         write_image(out / "baseline.png", found.images["0"])
         sheet = contact_sheet([found.images[c["id"]] for c in ranking], captions, title, marked=0)
@@ -393,6 +437,8 @@ def _tell(options: argparse.Namespace, found: Found, written: bool) -> None:
     for name, value in found.winner.get("held_out", {}).items():
         once, note = found.baseline["held_out"][name], found.notes[name]
         print(f"{name} (held out): {once:.3f} sampled once, {value:.3f} searched" + (f"; {note}" if note else ""))
+    if found.drift is not None:
+        print(f"run again in the same batch sizes, the winner's latents differ by at most {found.drift:.3g}")
     if result.stopped != "done":
         reason = {"interrupted": "interrupted by Ctrl-C", "failed": f"stopped: {_one_line(result.error or '')}"}
         print(f"{reason.get(result.stopped, f'stopped: {result.stopped}')}; the best of what was finished is kept")
