@@ -14,6 +14,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FirstBlockCacheConfig
 from diffusers.callbacks import PipelineCallback, SDCFGCutoffCallback
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion
+from probes import Probe, assert_same, attributes
 from tiny import PIPELINES, build
 
 from visearch.pipelines.diffusion import DiffusionSampler
@@ -44,47 +45,8 @@ class Count:
         self.rows["encode"] += rows
 
 
-class Probe:
-    """Counts rows inside a model, where stubs never come; can fail at the n-th call."""
-
-    def __init__(self, pipe: Any) -> None:
-        self.rows, self.calls, self.fail_at, self.error = 0, 0, None, None
-        denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-        first = next(n for n in ("conv_in", "patch_embed", "x_embedder", "pos_embed") if hasattr(denoiser, n))
-        getattr(denoiser, first).register_forward_hook(self.hook)
-
-    def hook(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
-        self.calls += 1
-        if self.calls == self.fail_at:
-            raise self.error
-        self.rows += (output[0] if isinstance(output, tuple) else output).shape[0]
-
-
 def request(*prompts: str, **options: Any) -> Request:
     return Request(prompts=prompts or (PROMPT,), seed=7, **options)
-
-
-def attributes(pipe: Any) -> dict[str, dict[str, Any]]:
-    """Everything that a run could have left behind, by object; tensors as clones."""
-    objects = {"pipe": pipe, **pipe.components}
-    for name, component in pipe.components.items():
-        if isinstance(component, torch.nn.Module):
-            objects |= {f"{name}.{k}": m for k, m in component.named_modules()}
-    return {k: {a: copied(v) for a, v in vars(o).items()} for k, o in objects.items() if hasattr(o, "__dict__")}
-
-
-def copied(value: Any) -> Any:
-    return value.clone() if torch.is_tensor(value) else list(value) if isinstance(value, list) else value
-
-
-def assert_same(before: dict, after: dict) -> None:
-    assert before.keys() == after.keys()
-    for name in before:
-        assert before[name].keys() == after[name].keys(), name
-        for key, old in before[name].items():
-            new = after[name][key]
-            same = torch.equal(old, new) if torch.is_tensor(old) else old is new or old == new
-            assert same, (name, key)
 
 
 @pytest.mark.parametrize("name", ALL)
