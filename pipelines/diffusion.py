@@ -17,7 +17,7 @@ from torch import Tensor
 from visearch.pipelines import flow
 from visearch.pipelines.flow import Level
 from visearch.pipelines.prompts import COUNTS
-from visearch.pipelines.replay import Layout, Replay, Schedule, batch
+from visearch.pipelines.replay import Layout, NoBatch, Replay, Schedule, batch
 from visearch.protocols import (
     EtaStep,
     Event,
@@ -170,7 +170,9 @@ class DiffusionSampler:
         # what a pipeline draws without its generator comes from the global stream: candidate 0 finds it as it is now
         own = torch.get_rng_state()
         ambient = [
-            own if seed.candidate == 0 else torch.Generator().manual_seed(stable_hash("ambient", seed.value)).get_state()
+            own
+            if seed.candidate == 0
+            else torch.Generator().manual_seed(stable_hash("ambient", seed.value)).get_state()
             for seed in seeds
         ]
         prompts = [seed.prompt for seed in seeds]
@@ -217,6 +219,13 @@ class DiffusionSampler:
             raise ValueError(f"cannot advance from stage {population.stage} to {to}; stages end at {self.num_stages}")
         if self.strategy == "whole":
             return self._run_whole(population)
+        try:
+            return self._advance(population, to)
+        except NoBatch as error:
+            self.replay.refuse_batches(error)
+            return self._advance(population, to)
+
+    def _advance(self, population: Population, to: int) -> Population:
         prompts, old = population.prompt.tolist(), population.state
         states, streams, order = [], list(population.rng), []
         given = self._latents(population)
@@ -431,20 +440,28 @@ class DiffusionSampler:
         most = self.decode_batch if self.replay.together else 1
         outputs = []
         for rows in runs:
-            for start in range(0, len(rows), most):
-                part = rows[start : start + most]
+            parts = [rows[start : start + most] for start in range(0, len(rows), most)]
+            while parts:
+                part = parts.pop(0)
                 begin = time.perf_counter()
-                run = self._run(
-                    [prompts[part[0]]] * len(prompts),
-                    part,
-                    old.tensors,
-                    [given[r] for r in part],
-                    rng=[population.rng[r] for r in part],
-                    device=population.rng_device,
-                    state=old.select(torch.tensor(part)),
-                    callbacks=callbacks,
-                    overrides=overrides,
-                )
+                try:
+                    run = self._run(
+                        [prompts[part[0]]] * len(prompts),
+                        part,
+                        old.tensors,
+                        [given[r] for r in part],
+                        rng=[population.rng[r] for r in part],
+                        device=population.rng_device,
+                        state=old.select(torch.tensor(part)),
+                        callbacks=callbacks,
+                        overrides=overrides,
+                    )
+                except RuntimeError as error:
+                    # what follows the loop may know one row only; out of memory is for the caller to split
+                    if len(part) == 1 or "memory" in str(error).lower():
+                        raise
+                    parts = [[row] for row in part] + parts
+                    continue
                 self.meter.decode(len(part), time.perf_counter() - begin)
                 outputs.append(run.output)
         return outputs
@@ -538,7 +555,7 @@ class DiffusionSampler:
         """Per row, the user's own latents, unless the row has moved to other noise since."""
         rows = zip(population.prompt.tolist(), population.candidate, population.lineage, strict=True)
         moved = [
-            any(e.op == "perturb" and e.stage == 0 or e.op == "renoise" and e.value == 0 for e in events)
+            any((e.op == "perturb" and e.stage == 0) or (e.op == "renoise" and e.value == 0) for e in events)
             for _, _, events in rows
         ]
         pairs = zip(population.prompt.tolist(), population.candidate, moved, strict=True)
@@ -652,9 +669,7 @@ def _consecutive(keys: Sequence[Any]) -> list[list[int]]:
     return groups
 
 
-def _normal(
-    shape: Sequence[int], streams: Sequence[torch.Generator], device: torch.device, axis: int = 0
-) -> Tensor:
+def _normal(shape: Sequence[int], streams: Sequence[torch.Generator], device: torch.device, axis: int = 0) -> Tensor:
     """Standard normal float32, one stream a row, rows along ``axis``."""
     own = [n for i, n in enumerate(shape) if i != axis]
     return torch.stack([torch.randn(own, generator=g, device=g.device) for g in streams], axis).to(device)
@@ -686,7 +701,9 @@ def _pixels(samples: Any) -> Tensor:
     if isinstance(samples, list) and samples and isinstance(samples[0], list):
         return torch.stack([_pixels(s) for s in samples])
     images = isinstance(samples, list) and hasattr(samples[0], "convert")
-    array = np.stack([np.asarray(s.convert("RGB")) / np.float32(255) for s in samples]) if images else np.asarray(samples)
+    array = (
+        np.stack([np.asarray(s.convert("RGB")) / np.float32(255) for s in samples]) if images else np.asarray(samples)
+    )
     pixels = torch.as_tensor(array)
     # arrays of images come channels last
     return pixels.movedim(-1, -3) if pixels.ndim >= 4 and pixels.shape[-1] in (1, 3) else pixels

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from diffusers.utils import BaseOutput
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from visearch.protocols import Meter
@@ -59,7 +59,7 @@ class Memo:
 
     def call(self, name: Any, real: Callable, args: tuple, kwargs: dict[str, Any], meter: Meter) -> Any:
         """``real(*args, **kwargs)``, computed once; inputs other than tensors and plain values are never remembered."""
-        key = plain_key([("", name), *enumerate(args), *kwargs.items()], by_value=True)
+        key = None if watched(real) else plain_key([("", name), *enumerate(args), *kwargs.items()], by_value=True)
         if key is None:
             return real(*args, **kwargs)
         if key not in self._outputs:
@@ -151,12 +151,18 @@ class PromptCache:
 
     def encoder(self, name: str, real: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A text encoder's forward; the pass that finds the row axes reuses the output of the first."""
-        key = plain_key([("", name), *enumerate(args), *kwargs.items()], by_value=True)
+        key = None if watched(real) else plain_key([("", name), *enumerate(args), *kwargs.items()], by_value=True)
         if key is None:
             return real(*args, **kwargs)
         if key not in self._outputs:
             self._outputs[key] = real(*args, **kwargs)
         return self._outputs[key]
+
+
+def watched(real: Callable) -> bool:
+    """Whether a module has hooks that read what passes through it: pipelines take hidden states that way."""
+    module = getattr(real, "__self__", None)
+    return isinstance(module, nn.Module) and any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
 def plain_key(items: Iterable[tuple[Any, Any]], by_value: bool = False) -> tuple | None:

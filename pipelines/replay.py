@@ -40,7 +40,7 @@ from visearch.pipelines.prompts import COUNTS, Memo, PromptCache, map_tree
 from visearch.pipelines.stubs import Stubs, rows_of
 from visearch.protocols import EtaStep, Meter, NullMeter, RowState, Sde, Transition, stable_hash
 
-__all__ = ["Layout", "Replay", "Schedule"]
+__all__ = ["Layout", "NoBatch", "Replay", "Schedule"]
 
 _ABSENT = object()
 
@@ -333,6 +333,7 @@ class Replay:
         self.number: str | None = None
         self.spent: list[tuple[int, float]] = []
         self.left: dict[str, Any] = {}
+        self.proved = False  # whether the models have run several rows
         example = {k: v for k, v in example.items() if k in self.parameters}
         self.strategy, self.reason = self._check({**call}, example)
         if self.strategy == "whole":
@@ -347,6 +348,15 @@ class Replay:
     def together(self) -> bool:
         """Whether rows of a batch leave each other alone."""
         return self.strategy == "batch"
+
+    def refuse_batches(self, error: Exception) -> None:
+        """From now on rows run one by one."""
+        self.strategy, self.reason = "rows", _first_line(f"a batch fails: {error}")
+        self.layouts.clear()
+        warnings.warn(
+            f"{type(self.pipe).__name__} fails on a batch of rows ({self.reason}); they run one by one from now on",
+            stacklevel=4,
+        )
 
     def run(self, call: Mapping[str, Any], rng_start: Sequence[Tensor], **options: Any) -> _Run:
         """One call of the pipeline, or the part of it between two clocks; see :class:`_Run` for the options."""
@@ -369,7 +379,8 @@ class Replay:
         if run.reading and not run.live:
             return "whole", "its models keep key/value caches between steps in a way that is not known here"
         ends, last_loop = self.schedule.ends, max(self.schedule.between, default=0)
-        marks = sorted({ends[1], ends[self.schedule.stages // 2], last_loop, last_loop + 1})
+        within = next(end for end in ends if end > last_loop)
+        marks = sorted({ends[1], ends[self.schedule.stages // 2], last_loop, within})
         marks = [m for m in marks if 0 < m < self.schedule.calls]
         number = next((n for n in COUNTS if n in self.parameters), None)
         repeated = {k: batch([v, v]) for k, v in example.items() if v is not None}
@@ -433,6 +444,10 @@ class Replay:
         run = self.run({**call, **example}, [start], plain=True, callbacks=False)
         self.spent.append((run.spent, time.perf_counter() - begin))
         self.schedule = Schedule((0,), (0, 1), (run.spent,), (None,), (None,), 1)
+
+
+class NoBatch(Exception):
+    """A model that refused several rows before it ever ran them: the stand-ins take any."""
 
 
 class _NoSteps(ValueError):
@@ -712,15 +727,19 @@ class _Run:
         if self.clock < self.begin and not filling:
             return replay.stubs.zeros(name, shadow.owner, batch, rows, kwargs)
         begin = time.perf_counter()
-        output = real(*args, **kwargs)
+        try:
+            output = real(*args, **kwargs)
+        except Exception as error:
+            if self.rows > 1 and not replay.proved and not isinstance(error, torch.OutOfMemoryError):
+                raise NoBatch(f"{type(error).__name__}: {error}") from error
+            raise
+        replay.proved = replay.proved or self.rows > 1
         self.spent += rows
         share = rows / sum(schedule.model_rows) if schedule is not None else 0.0
         self.meter.forward(rows, time.perf_counter() - begin, "denoiser", share)
         return output
 
-    def _stand_in(
-        self, name: str, shadow: _Shadow, batch: Any, rows: int, args: tuple, kwargs: dict[str, Any]
-    ) -> Any:
+    def _stand_in(self, name: str, shadow: _Shadow, batch: Any, rows: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         stubs, clock = self.replay.stubs, self.clock
         self.seen.append((clock, self.loops, rows))
         if self.observe:

@@ -118,9 +118,7 @@ class Stubs:
         grown = {p for p, v in _rowed((args, dict(kwargs))) if len(v) == candidates * alone.get(p, 0)}
         self._scaling.setdefault(key, grown)
 
-    def mixed(
-        self, name: str, module: nn.Module, batch: Any, rows: int, args: tuple, kwargs: Mapping[str, Any]
-    ) -> Any:
+    def mixed(self, name: str, module: nn.Module, batch: Any, rows: int, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """An output each row of which depends on that row of every input, and on nothing else."""
         scaling = self._scaling.get(self.key(name, kwargs))
         device = batch.device if torch.is_tensor(batch) else batch[0].device
