@@ -27,7 +27,7 @@ PACKAGES = {
 HEAVY = ("diffusers", "transformers", "torchvision", "gradio")
 ARXIV_ID = re.compile(r"\b\d{4}\.\d{4,5}\b")
 
-TOP = {"wrap", "job", "compare", "demo", "geneval"}
+TOP = {"wrap", "job", "compare", "demo", "geneval", "support"}
 ENTRY = {"cli", "app", "__main__", "visearch"}
 WORLDS = {"pipelines", "rewards", "assets"}
 LIBRARY = {"protocols", "selection", "statistics", "search", "core"}

@@ -62,7 +62,7 @@ def test_every_module_is_in_the_wheel(members):
 
 
 def test_types_and_assets_are_in_the_wheel(members):
-    assert "visearch/py.typed" in members
+    assert {"visearch/py.typed", "visearch/pipelines/support.json"} <= members.keys()
     for folder in SHIPPED_ASSETS:
         files = [path for path in (ROOT / "assets" / folder).rglob("*") if path.is_file()]
         assert files

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visearch import __version__
+from visearch import __version__, support
 from visearch.pipelines import MODELS
 from visearch.rewards import REWARDS
 from visearch.search import SEARCHES
@@ -125,16 +125,18 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--n", type=int, default=8, help="candidates (default %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     demo.add_argument("--out", default="outputs/demo", metavar="DIR", help="folder (default %(default)s)")
+    support.add_parser(commands, _model_arguments, lambda options: _load(options, _device(options.device)))
     return parser
 
 
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
+def _model_arguments(parser: argparse.ArgumentParser, default: str | None = "emoji-64") -> None:
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model",
-        default="emoji-64",
+        default=default,
         metavar="NAME|PATH|HUB_ID",
-        help=f"{', '.join(MODELS)}, a folder, or a hub id of a diffusers pipeline (default %(default)s)",
+        help=f"{', '.join(MODELS)}, a folder, or a hub id of a diffusers pipeline"
+        + f" (default {default})" * bool(default),
     )
     model.add_argument("--steps", type=int, metavar="K", help="inference steps (default: the model's)")
     model.add_argument("--guidance", type=float, metavar="G", help="guidance scale (default: the model's)")
