@@ -114,6 +114,20 @@ def test_a_generator_for_each_image_of_each_prompt(name):
         assert torch.equal(a.get_state(), b.get_state())
 
 
+@pytest.mark.parametrize("name", ["sd", "sd3", "flux", "cogview4"])
+def test_a_batch_from_one_generator_is_the_plain_batch(name):
+    pipe, call = tiny.build(name), {**FAMILIES[name].call, **STEPS, "output_type": "np", "num_images_per_prompt": 2}
+    for prompts in ("a cow", ["a cow", "a cow"], ["a photo of a cow", "two photo of red car"]):
+        one, two = seeded(), seeded()
+        plain, found = (
+            pipe(prompts, generator=one, **call),
+            wrap(pipe, reward=brightness)(prompts, generator=two, **call),
+        )
+        assert_equal(plain, found, 1e-4)
+        assert torch.equal(one.get_state(), two.get_state())
+        assert not np.allclose(found.images[0], found.images[-1], atol=1e-3)
+
+
 def test_more_images_than_candidates_widen_the_search(cogview):
     found = wrap(cogview, n=2, reward=brightness)("a cow", generator=seeded(), num_images_per_prompt=3, **SMALL)
     assert len(found.images) == 3 == len(found.search.ranking)

@@ -16,7 +16,7 @@ import torch
 from PIL.Image import Image
 from torch import nn
 
-from visearch.protocols import Request, Search
+from visearch.protocols import NullMeter, Population, Request, Search
 from visearch.run import SearchResult
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Job:
         winners: k, images or videos a prompt to return.
         overrides: arguments that matter for the final decode only (``output_type``, ``return_dict``).
         generators: the user's generators, as many a prompt as there are; :meth:`settle` moves them as a plain call.
+        unsearched: one candidate an image, so there is nothing to choose.
     """
 
     sampler: DiffusionSampler
@@ -54,6 +55,7 @@ class Job:
     winners: int
     overrides: Mapping[str, Any]
     generators: tuple[torch.Generator | None, ...]
+    unsearched: bool = False
 
     @classmethod
     def of(
@@ -98,27 +100,39 @@ class Job:
         prompts, per_prompt, call = _split(pipe, given, takes_text="prompt" in signature.parameters)
         example = {"prompt": prompts[0], **{name: entries[0] for name, entries in per_prompt.items()}}
         sampler = (samplers or Samplers()).get(pipe, call, example)
+        unsearched = getattr(search, "n", None) == 1
         search, single = _wide(search, sampler, max_nfe, winners)
         texts = _texts(prompts, reward_prompt, optional=single or "prompt" not in signature.parameters)
         if latents is not None:
             per_prompt["latents"] = _chunks("latents", latents, len(prompts))
         generators, seed = _generators(generator, len(prompts), winners, single and winners == 1, pipe)
         request = Request(prompts, seed=seed, per_prompt=per_prompt, reward_prompts=texts, generators=generators)
-        return cls(sampler, search, request, winners, overrides, generators)
+        if unsearched and isinstance(generator, torch.Generator) and len(prompts) * winners > 1:
+            starts = _in_turn(generator, len(prompts) * winners, sampler, request)
+            request = replace(request, generators=starts)
+            generators = (generator,) * len(starts)
+        return cls(sampler, search, request, winners, overrides, generators, unsearched)
 
     def settle(self, result: SearchResult) -> None:
         """Leave each user generator where its own candidate left its clone, as after a plain call."""
         rows, each = result.finished, len(self.generators) // len(self.request.prompts)
-        for row in reversed(range(0 if rows is None else len(rows))):  # of several that share one, candidate 0 counts
+        for row in range(0 if rows is None else len(rows)):  # of several that share one, the last counts
             candidate = rows.candidate[row]
             if candidate < each and len(rows.lineage[row]) == 1:
                 generator = self.generators[int(rows.prompt[row]) * each + candidate]
                 if generator is not None:
                     generator.set_state(rows.rng[row].clone())
 
+    def chosen(self, result: SearchResult) -> Population:
+        """The winners, prompt by prompt, best first; in the order of a plain call where nothing was chosen."""
+        rows = result.winners(self.winners)
+        if not self.unsearched:
+            return rows
+        return rows.select(sorted(range(len(rows)), key=lambda r: (int(rows.prompt[r]), rows.candidate[r])))
+
     def output(self, result: SearchResult) -> Any:
         """The pipeline's own output for the winners, decoded by the pipeline itself."""
-        return self.sampler.output(result.winners(self.winners), **self.overrides)
+        return self.sampler.output(self.chosen(result), **self.overrides)
 
 
 def components(pipe: Any) -> dict[str, Any]:
@@ -338,6 +352,23 @@ def _generators(
             f"generator has {len(given)} entries for {prompts} prompts x {winners} images; give one a prompt or image"
         )
     return tuple(given), _seed_of(given[0])
+
+
+def _in_turn(
+    generator: torch.Generator, rows: int, sampler: DiffusionSampler, request: Request
+) -> tuple[torch.Generator, ...]:
+    """Where each row's noise begins in the batch that a plain call draws from one generator, row after row."""
+    sampler.meter = NullMeter()
+    drawn = sampler.init(request, request.seeds(0, 1, [0])).state.tensors.get("noise")
+    shape, dtype = ((16,), torch.float32) if drawn is None else (drawn.shape[1:], drawn.dtype)
+    walking = torch.Generator(generator.device)
+    walking.set_state(generator.get_state())
+    starts = []
+    for _ in range(rows):
+        starts.append(torch.Generator(generator.device))
+        starts[-1].set_state(walking.get_state())
+        torch.randn(shape, generator=walking, device=generator.device, dtype=dtype)
+    return tuple(starts)
 
 
 def _seed_of(generator: torch.Generator) -> int:

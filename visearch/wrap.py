@@ -47,11 +47,13 @@ class SearchPipeline:
     attribute, ``.search`` (:class:`visearch.run.SearchResult`), and the object one more property, ``search_result``.
     Its call takes one more argument, ``reward_prompt=``: what the reward reads where there is no text, or another one.
 
-    With one candidate the output equals the plain pipeline's bit for bit. k images a prompt are the k best, best
-    first; a best-of-n with n < k draws k. With a list of generators, candidate j of a prompt uses its j-th. k images
-    from one generator are drawn as k candidates, each with its own random stream, not as the plain pipeline's batch;
-    one generator with several prompts serves each prompt's candidate 0 from the same state. ``latents=`` are the noise
-    of candidate 0 (of as many candidates as there are latents a prompt); the others draw theirs.
+    With one candidate (n = 1) the output equals the plain pipeline's bit for bit. Then k images a prompt, or several
+    prompts, are the plain call's batch in its order: equal on the CPU up to how kernels round for other batch sizes,
+    with schedulers that draw nothing and pipelines that draw each row's noise alone. A search returns the k best, best
+    first, and draws each candidate from a random stream of its own, not as the plain pipeline's batch: one generator
+    serves candidate 0 of every prompt from the same state, a list of generators candidate j from the prompt's j-th. A
+    best-of-n with n < k draws k. ``latents=`` are the noise of candidate 0 (of as many candidates as there are latents
+    a prompt); the others draw theirs.
 
     ``callback_on_step_end`` hears of live steps, of all candidates, in the order in which they run, and may write
     there; what it writes after the very last step shows in the images returned, not in their scores.
@@ -256,7 +258,7 @@ class _Session:
             )
 
     def _held_out(self, job: Job, result: SearchResult) -> dict[str, list[float]]:
-        winners = result.winners(job.winners)
+        winners = job.chosen(result)
         keys = list(zip(winners.prompt.tolist(), winners.id, strict=True))
         texts = [job.request.reward_prompts[p] for p, _ in keys]
         judges = self.settings.held_out
