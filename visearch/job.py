@@ -290,7 +290,8 @@ def _row_axis(name: str) -> int:
 def _is_media_list(name: str, value: Sequence[Any]) -> bool:
     """Whether a list holds whole images or videos; a flat list of frames is one video."""
     parts = (list, tuple, torch.Tensor, np.ndarray) if "video" in name else (Image, torch.Tensor, np.ndarray)
-    return bool(_MEDIA.match(name)) and all(isinstance(v, parts) and getattr(v, "ndim", 9) > 2 for v in value)
+    least = 4 if "video" in name else 2
+    return bool(_MEDIA.match(name)) and all(isinstance(v, parts) and getattr(v, "ndim", 9) >= least for v in value)
 
 
 def _checked(name: str, entries: Sequence[Any], prompts: int) -> tuple[Any, ...]:
