@@ -210,6 +210,8 @@ def _image_processor(kind: type, size: Any) -> Any:
     if kind.__name__ == "AutoImageProcessor" or "Qwen" in kind.__name__:
         kind = transformers.Qwen2VLImageProcessor
         return kind(min_pixels=4 * 28 * 28, max_pixels=16 * 28 * 28)
+    if kind.__name__ == "DPTImageProcessor":
+        size = {"height": 32, "width": 32}
     return kind() if size is None else kind(size=size)
 
 
