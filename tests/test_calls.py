@@ -15,6 +15,7 @@ from diffusers.utils import BaseOutput
 from tiny import FAMILIES
 
 from visearch import BestOfN, SearchPipeline
+from visearch.search.successive_halving import SuccessiveHalving
 
 STEPS = {"num_inference_steps": 3}
 SMALL = {**STEPS, "height": 32, "width": 32}
@@ -247,6 +248,34 @@ def test_callbacks_may_ask_for_other_tensors(cogview):
     plain, heard = heard, []
     wrap(cogview)("a cow", generator=seeded(), **call)
     assert heard == plain and len(heard) == 3
+
+
+def test_what_a_callback_sets_on_the_pipeline_lasts(cogview):
+    def guide_more(pipe, step, timestep, tensors):
+        pipe._guidance_scale += 1.0
+        return tensors
+
+    call = {**SMALL, "guidance_scale": 2.0, "output_type": "np", "callback_on_step_end": guide_more}
+    plain, wrapped = cogview("a cow", generator=seeded(), **call), wrap(cogview)
+    assert_equal(plain, wrapped("a cow", generator=seeded(), **call))
+    assert wrapped.guidance_scale == 5.0
+    halving = SuccessiveHalving(n=4, calls=(1, 2), keep=(0.5, 0.5))
+    found = SearchPipeline(cogview, brightness, halving)("a cow", generator=seeded(), **call)
+    alone = cogview("a cow", generator=seeded(found.search.ranking[0]["seed"]), **call)
+    np.testing.assert_allclose(alone.images[0], found.images[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2])
+def test_an_interrupted_call_returns_the_sample_so_far(stable, stop):
+    def interrupt(pipe, step, timestep, tensors):
+        pipe._interrupt = step == stop
+        return tensors
+
+    call = {**SMALL, "output_type": "latent", "callback_on_step_end": interrupt}
+    plain, found = (p("a cow", generator=seeded(), **call) for p in (stable, wrap(stable)))
+    assert_equal(plain, found)
+    assert found.search.ledger.nfe == 2 * (stop + 1)
+    assert_equal(*(p("a cow", generator=seeded(), **SMALL) for p in (stable, wrap(stable))))
 
 
 def test_older_callbacks_hear_of_live_steps_once():
