@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -128,8 +129,10 @@ class DiffusionSampler:
             _refuse_reserved(request.call)
             self.shared.request = request
             self.shared.encoded.clear()
-            self.replay.prompts.clear()
-            self.replay.memo.clear()
+            if self.shared.used:  # what the dry runs encoded is fresh
+                self.replay.prompts.clear()
+                self.replay.memo.clear()
+            self.shared.used = True
 
     # --- levels and costs ---
 
@@ -157,6 +160,10 @@ class DiffusionSampler:
                 "use one of the flow-match, DDIM, Euler or DPM-Solver schedulers"
             )
         return level
+
+    def resident(self) -> AbstractContextManager[None]:
+        """Within, an offloaded pipeline's models stay on the device between this sampler's calls."""
+        return self.replay.resident()
 
     # --- the life of rows ---
 
@@ -220,10 +227,15 @@ class DiffusionSampler:
         if self.strategy == "whole":
             return self._run_whole(population)
         try:
-            return self._advance(population, to)
+            with self.resident():
+                return self._advance(population, to)
         except NoBatch as error:
-            self.replay.refuse_batches(error)
-            return self._advance(population, to)
+            request, prompt = self._under_way(), int(population.prompt[0])
+            example = {
+                k: v[prompt] for k, v in {"prompt": request.prompts, **request.per_prompt}.items() if k != "latents"
+            }
+            self.replay.refuse_batch(error, {**request.call, **self.call}, example)
+            return self.advance(population, to)
 
     def _advance(self, population: Population, to: int) -> Population:
         prompts, old = population.prompt.tolist(), population.state
@@ -430,7 +442,7 @@ class DiffusionSampler:
                 f"rows are at stage {population.stage}, only stage {self.num_stages} can be decoded; "
                 "advance them or take predict_x0"
             )
-        prompts, old = population.prompt.tolist(), population.state
+        prompts = population.prompt.tolist()
         if self.strategy == "whole":
             return [self._whole(population, row, overrides, callbacks).output for row in range(len(prompts))]
         # the loop computes nothing here, so rows may go through under any prompt; images given per prompt do matter
@@ -438,7 +450,19 @@ class DiffusionSampler:
         given = self._latents(population)
         runs = _consecutive([(None if text_only else p, own is None) for p, own in zip(prompts, given, strict=True)])
         most = self.decode_batch if self.replay.together else 1
-        outputs = []
+        with self.resident():
+            return self._decoded(population, runs, most, given, overrides, callbacks)
+
+    def _decoded(
+        self,
+        population: Population,
+        runs: list[list[int]],
+        most: int,
+        given: list[Tensor | None],
+        overrides: Mapping[str, Any],
+        callbacks: bool,
+    ) -> list[Any]:
+        prompts, old, outputs = population.prompt.tolist(), population.state, []
         for rows in runs:
             parts = [rows[start : start + most] for start in range(0, len(rows), most)]
             while parts:
@@ -633,6 +657,7 @@ class _Shared:
     def __init__(self, replay: Replay) -> None:
         self.replay = replay
         self.request: Request | None = None
+        self.used = False
         self.encoded: dict[int, list] = {}  # prompt -> description of what encode_prompt gave
         self.pixels: dict[str, Any] | None = None  # arguments with which the pipeline gives tensors, once found
 

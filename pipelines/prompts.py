@@ -133,14 +133,19 @@ class PromptCache:
             # a copy, since a pipeline may write into what it got
             return map_tree(lambda v: v.clone() if torch.is_tensor(v) else v, real(*call.args, **call.kwargs))
 
-        key = plain_key(arguments.items() if count is None else (arguments | {count: 1}).items())
+        # where the rows lie can be seen only if there is a way to ask for two
+        key = (
+            bool(count or per_row),
+            plain_key(arguments.items() if count is None else (arguments | {count: 1}).items()),
+        )
         if key not in self._results:
             self.encoding = True
             try:
                 begin = time.perf_counter()
                 result = encode(1)
                 meter.encode(1, time.perf_counter() - begin)
-                structure = repr(map_tree(lambda v: v.ndim if torch.is_tensor(v) else type(v).__name__, result))
+                parts = map_tree(lambda v: v.ndim if torch.is_tensor(v) else type(v).__name__, result)
+                structure = repr((bool(count or per_row), parts))
                 if structure not in self._axes:
                     self._axes[structure] = _row_axes(result, encode(2)) if count or per_row else None
             finally:

@@ -308,7 +308,9 @@ class Replay:
 
     def __init__(self, pipe: Any, call: Mapping[str, Any], example: Mapping[str, Any]) -> None:
         self.pipe = pipe
-        components = pipe.components
+        # components leaves out those whose argument of __init__ has a default
+        named = {k: getattr(pipe, k, None) for k in pipe.config if not k.startswith("_")}
+        components = {**named, **pipe.components}
         self.modules = {k: m for k, m in components.items() if isinstance(m, nn.Module)}
         self.schedulers = [s for s in components.values() if hasattr(s, "step") and hasattr(s, "set_timesteps")]
         if not self.schedulers:
@@ -333,6 +335,7 @@ class Replay:
         self.number: str | None = None
         self.spent: list[tuple[int, float]] = []
         self.left: dict[str, Any] = {}
+        self._held = 0
         self.proved = False  # whether the models have run several rows
         example = {k: v for k, v in example.items() if k in self.parameters}
         self.strategy, self.reason = self._check({**call}, example)
@@ -344,14 +347,39 @@ class Replay:
                 stacklevel=3,
             )
 
+    @contextmanager
+    def resident(self) -> Iterator[None]:
+        """Within, models stay on the device between calls; at the end they go where the pipeline keeps them."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+            if not self._held:
+                self.pipe.maybe_free_model_hooks()
+
+    def release(self) -> None:
+        """After each call: forget what step caches hold of its rows, and let go of the device."""
+        if not self._held:
+            self.pipe.maybe_free_model_hooks()
+        elif self.caching:
+            for module in self.modules.values():
+                if hasattr(module, "_reset_stateful_cache"):
+                    module._reset_stateful_cache()
+
     @property
     def together(self) -> bool:
         """Whether rows of a batch leave each other alone."""
         return self.strategy == "batch"
 
-    def refuse_batches(self, error: Exception) -> None:
-        """From now on rows run one by one."""
+    def refuse_batch(self, error: NoBatch, call: dict[str, Any], example: dict[str, Any]) -> None:
+        """After a model refused a batch: make it by repeating the prompt where that works, else rows run one by one."""
+        if self.number and not self._fails_together(
+            call, {k: v for k, v in example.items() if k in self.parameters}, None
+        ):
+            return
         self.strategy, self.reason = "rows", _first_line(f"a batch fails: {error}")
+        self.number = next((n for n in COUNTS if n in self.parameters), None)
         self.layouts.clear()
         warnings.warn(
             f"{type(self.pipe).__name__} fails on a batch of rows ({self.reason}); they run one by one from now on",
@@ -367,7 +395,7 @@ class Replay:
     # --- the self-check ---
 
     def _check(self, call: dict[str, Any], example: dict[str, Any]) -> tuple[str, str]:
-        first, second = (torch.Generator().manual_seed(seed).get_state() for seed in range(2))
+        second = _probe_streams()[1]
         try:
             run, call = self._explore(call, example, second)
         except _NoSteps:
@@ -378,31 +406,15 @@ class Replay:
         self.schedule = _schedule(run)
         if run.reading and not run.live:
             return "whole", "its models keep key/value caches between steps in a way that is not known here"
-        ends, last_loop = self.schedule.ends, max(self.schedule.between, default=0)
-        within = next(end for end in ends if end > last_loop)
-        marks = sorted({ends[1], ends[self.schedule.stages // 2], last_loop, within})
-        marks = [m for m in marks if 0 < m < self.schedule.calls]
         number = next((n for n in COUNTS if n in self.parameters), None)
-        repeated = {k: batch([v, v]) for k, v in example.items() if v is not None}
-        ways = [(number, {**example, number: 2})] if number else []
-        reason = "a batch of rows does not end in the latents of its single rows"
-        for name, rows in [*ways, (None, repeated)]:
-            for rows_first in (False, True):
-                self.layouts.clear()
-                try:
-                    pair = self._dry({**call, **rows}, [first, second], learn=rows_first, marks=marks)
-                    alone = self._dry({**call, **example}, [second])
-                    resumed = [self._resumed(call, example, pair, m, 1) for m in marks]
-                except Exception as error:  # pipelines that cannot take a batch fail in many ways
-                    reason = f"a batch of two rows fails: {type(error).__name__}: {error}"
-                    break
-                if all(alone.ends_like(run) for run in resumed) and alone.ends_like(pair, row=1):
-                    self.number = name
-                    return "batch", ""
-                if all(layout.blocks == 1 for layout in self.layouts.values()):
-                    break
+        reason = ""
+        for name in (number, None) if number else (None,):
+            reason = self._fails_together(call, example, name)
+            if not reason:
+                return "batch", ""
         self.layouts.clear()
         self.number = number
+        marks = self._marks()
         alone = self._dry({**call, **example}, [second], marks=marks)
         try:
             if all(alone.ends_like(self._resumed(call, example, alone, m, 0), exact=True) for m in marks):
@@ -411,6 +423,32 @@ class Replay:
         except Exception as error:
             why = f"resuming fails: {type(error).__name__}: {error}"
         return "whole", _first_line(why)
+
+    def _fails_together(self, call: dict[str, Any], example: dict[str, Any], number: str | None) -> str:
+        """Why rows of a batch that is made in one way do not end like single rows; empty if they do."""
+        self.number, (first, second), marks = number, _probe_streams(), self._marks()
+        rows = {**example, number: 2} if number else {k: batch([v, v]) for k, v in example.items() if v is not None}
+        for rows_first in (False, True):
+            self.layouts.clear()
+            try:
+                pair = self._dry({**call, **rows}, [first, second], learn=rows_first, marks=marks)
+                alone = self._dry({**call, **example}, [second])
+                resumed = [self._resumed(call, example, pair, m, 1) for m in marks]
+            except Exception as error:  # pipelines that cannot take a batch fail in many ways
+                return _first_line(f"a batch of two rows fails: {type(error).__name__}: {error}")
+            if all(alone.ends_like(run) for run in resumed) and alone.ends_like(pair, row=1):
+                return ""
+            if all(layout.blocks == 1 for layout in self.layouts.values()):
+                break
+        return "a batch of rows does not end in the latents of its single rows"
+
+    def _marks(self) -> list[int]:
+        """Where the self-check resumes: after the first stage, half-way, and around the last loop's beginning."""
+        schedule = self.schedule
+        last_loop = max(schedule.between, default=0)
+        within = next(end for end in schedule.ends if end > last_loop)
+        marks = {schedule.ends[1], schedule.ends[schedule.stages // 2], last_loop, within}
+        return sorted(m for m in marks if 0 < m < schedule.calls)
 
     def _explore(self, call: dict[str, Any], example: dict[str, Any], start: Tensor) -> tuple[_Run, dict[str, Any]]:
         """The first dry run, and the arguments with which it works: without decoding where the pipeline allows."""
@@ -444,6 +482,10 @@ class Replay:
         run = self.run({**call, **example}, [start], plain=True, callbacks=False)
         self.spent.append((run.spent, time.perf_counter() - begin))
         self.schedule = Schedule((0,), (0, 1), (run.spent,), (None,), (None,), 1)
+
+
+def _probe_streams() -> list[Tensor]:
+    return [torch.Generator().manual_seed(seed).get_state() for seed in range(2)]
 
 
 class NoBatch(Exception):
@@ -563,6 +605,7 @@ class _Run:
         self.seen: list[tuple[int, int, int]] = []  # of each model call of a dry run: clock, loops, rows
         self.live: set[int] = set()  # clocks at which a model fills a cache
         self.reading: set[int] = set()  # clocks at which a model is given a cache
+        self.attributes: dict[str, Any] = {} if state is None else dict(state.fields.get("attributes", {}))
         self.spent = 0  # model rows of a plain run
         self.marked: dict[int, tuple[RowState, list[Tensor]]] = {}
         self.ended: dict[int, list[Tensor]] = {}  # slot -> streams when its loop ended
@@ -577,14 +620,14 @@ class _Run:
         """Call the pipeline; afterwards ``output`` or ``captured`` is set, and ``rng`` says where the streams are."""
         pipe = self.replay.pipe
         if self.seeded:
-            call["generator"] = self.generators if self.rows > 1 or not self.plain else self.generators[0]
+            call["generator"] = self.generators if self.rows > 1 else self.generators[0]
         self._guard_callback(call)
         with ExitStack() as stack:
             stack.enter_context(_global_stream(self.ambient if self.seeded else None))
             for generator, start in zip(self.generators, self.rng_start, strict=True):
                 generator.set_state(start.cpu().clone())  # torch crashes on a view that does not begin its storage
             # last to be undone: with model offload it takes hooks off and puts them on again
-            stack.callback(pipe.maybe_free_model_hooks)
+            stack.callback(self.replay.release)
             # offload hooks are renewed by that call, also inside the pipeline's own code
             stack.enter_context(_unchanged(pipe, but=("_all_hooks", "_offload")))
             for changing in (*self.replay.schedulers, *self.replay.guiders.values()):
@@ -595,6 +638,9 @@ class _Run:
             before = dict(vars(pipe))
             try:
                 self.output = pipe(**call)
+                if self.stop is not None and self.captured is None and self.slots:
+                    self.clock = self.stop  # interrupted by a callback: the sample stays what it is
+                    self.captured = self.capture()
                 self.replay.left = {k: v for k, v in vars(pipe).items() if before.get(k, _ABSENT) is not v}
             except _Stop:
                 pass
@@ -633,7 +679,15 @@ class _Run:
         def live(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             # the call at the resume point is due: stopping there left the loop before the callback
             if self.clock >= self.begin and (self.callbacks or setting):
-                return callback(pipe, step, timestep, tensors)
+                before = dict(vars(pipe))
+                made = callback(pipe, step, timestep, tensors)
+                # what it sets on the pipeline (guidance, interrupt) holds for the steps to come, also when resumed
+                self.attributes |= {
+                    k: v
+                    for k, v in vars(pipe).items()
+                    if before.get(k, _ABSENT) is not v and isinstance(v, (bool, int, float, str))
+                }
+                return made
             if setting:
                 # diffusers' own callbacks set the loop up for later steps (guidance off), so they also hear of stubs
                 return {k: v for k, v in callback(pipe, step, timestep, tensors).items() if k != "latents"}
@@ -641,7 +695,7 @@ class _Run:
 
         call["callback_on_step_end"] = live
 
-    def _bar(self, shadow: _Shadow, iterable: Any = None, total: int | None = None) -> tqdm:
+    def _bar(self, shadow: _Shadow, iterable: Any = None, total: int | None = None, **_: Any) -> tqdm:
         if self.timed:
             self._enter()
         return tqdm(iterable, total=total, disable=True)
@@ -891,6 +945,7 @@ class _Run:
 
     def _resume(self) -> None:
         """Put fields, guidance momentum and streams in, before the loop's next ``scale_model_input`` reads them."""
+        vars(self.replay.pipe).update(self.attributes)
         for slot, saved in self.state.fields.get("schedulers", {}).items():
             layout, tensors = Layout(*saved["layout"]), self.state.tensors
             fields = {k: _unpack(v, layout, tensors) for k, v in saved["fields"].items()}
@@ -907,6 +962,8 @@ class _Run:
         tensors: dict[str, Tensor] = {}
         axes: dict[str, int | None] = {}
         fields: dict[str, Any] = {"clock": self.clock, "outputs": {}}
+        if self.attributes:
+            fields["attributes"] = dict(self.attributes)
         over = self.replay.schedule is not None and self.clock == self.replay.schedule.calls
         schedulers = {}
 

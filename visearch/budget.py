@@ -14,6 +14,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -333,6 +334,10 @@ class MeteredSampler:
 
     def _split(self, population: Population, limit: str, run: Callable[[Population], Any]) -> list[Any]:
         """Run in parts of at most ``self.<limit>`` rows; out of memory halves the limit and repeats that part only."""
+        with getattr(self.inner, "resident", nullcontext)():  # offloaded models come once, not once a part
+            return self._parts(population, limit, run)
+
+    def _parts(self, population: Population, limit: str, run: Callable[[Population], Any]) -> list[Any]:
         parts, start, total = [], 0, len(population)
         while start < total:
             size = self._size(population, start, limit)
