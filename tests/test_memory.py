@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+from functools import cache
+
 import pytest
 import torch
 from contract.cases import PixelReward
 from tiny import build
 
-from visearch.budget import Ledger, MeteredSampler
+from visearch.budget import Budget, Ledger, MeteredSampler, memory_bytes
+from visearch.memory import TensorMemory, human, plan, probe, tracked
 from visearch.pipelines.diffusion import DiffusionSampler
 from visearch.pipelines.toy import GaussianToy
 from visearch.protocols import Request
 from visearch.run import run_search
 from visearch.search.best_of_n import BestOfN
+from visearch.search.successive_halving import SuccessiveHalving
 
 IMAGE_CALL = {"num_inference_steps": 4, "height": 32, "width": 32}
 
@@ -91,3 +96,242 @@ def test_out_of_memory_falls_to_the_next_bucket():
 def test_buckets_that_cannot_sum_to_every_size_are_refused(buckets):
     with pytest.raises(ValueError, match="batch_buckets"):
         MeteredSampler(GaussianToy(), Ledger(), batch_buckets=buckets)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------
+
+
+def test_storages_count_once_and_only_while_they_live():
+    before = torch.zeros(1000)
+    with TensorMemory() as memory:
+        view = before[:10]
+        before.add_(1)
+        assert memory.live == 0 and view.untyped_storage()._cdata == before.untyped_storage()._cdata
+        made = before + 1
+        part = made.view(10, 100)[2].detach()
+        assert memory.live == 4000
+        del made
+        assert memory.live == 4000  # a view keeps all of its storage
+        del part
+        assert memory.live == 0
+        grown = torch.empty(0).resize_(100)
+        assert memory.live == 400
+        for _ in range(3):
+            before * 2
+        assert memory.live == 400 and memory.peak == 4400
+        del grown
+    after = torch.zeros(5000)
+    assert memory.live == 0 and memory.peak == 4400 and len(after) == 5000
+
+
+def test_storages_without_memory_count_as_those_with():
+    with TensorMemory(["meta"]) as memory:
+        kept = torch.empty(100, device="meta")
+        both = torch.cat([kept, kept])
+        torch.empty(100)
+        assert memory.live == 1200 and both.shape == (200,)
+    assert memory.peak == 1200
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [(10, 10), ("10", 10), ("8GiB", 8 * 2**30), ("1.5 MB", 1_500_000), ("2KiB", 2048), ("7B", 7), ("1TB", 10**12)],
+)
+def test_amounts_of_memory(given, size):
+    assert memory_bytes(given) == size == Budget(max_memory=given).max_memory
+
+
+@pytest.mark.parametrize("given", [0, -1, "", "much", "8 gigs", "GiB", "0.1B", "8GiBs"])
+def test_no_amounts_of_memory(given):
+    with pytest.raises(ValueError, match="max_memory="):
+        Budget(max_memory=given)
+
+
+def test_bytes_as_a_person_reads_them():
+    assert [human(n) for n in (0, 1023, 1536, 8 * 2**30)] == ["0 B", "1023 B", "1.5 KiB", "8.0 GiB"]
+
+
+# --- predictions ------------------------------------------------------------------------------------------------
+
+
+def emoji():
+    from visearch.pipelines import emoji
+
+    return emoji.load(), {**emoji.DEFAULTS, "num_inference_steps": 3}, "a photo of two cows"
+
+
+WORLDS = {
+    "sd": lambda: (build("sd"), IMAGE_CALL, "a cow"),
+    "wan": lambda: (
+        build("wan"),
+        {"num_inference_steps": 4, "height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 16},
+        "a cow",
+    ),
+    "emoji-64": emoji,
+}
+
+
+@cache
+def world(name: str):
+    pipe, call, prompt = WORLDS[name]()
+    sampler, reward = DiffusionSampler(pipe, call), PixelReward()
+    request = Request((prompt,), seed=3)
+    return pipe, call, request, sampler, reward, probe(sampler, reward, request)
+
+
+def near(predicted: float, measured: float) -> bool:
+    return abs(predicted - measured) <= 0.15 * measured
+
+
+@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("rows", [1, 6])
+def test_peaks_of_model_and_decoder(name, rows):
+    *_, request, sampler, _, footprint = world(name)
+    start = sampler.init(request, request.seeds(0, rows))
+    gc.collect()
+    with torch.no_grad(), tracked() as memory:
+        done = sampler.advance(start, sampler.num_stages)
+    assert near(footprint.advance(rows), memory.peak)
+    with torch.no_grad(), tracked() as memory:
+        sampler.decode(done)
+    assert near(footprint.decode(rows), memory.peak)
+
+
+@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize(
+    ("search", "sizes"),
+    [
+        (BestOfN(n=6), {}),
+        (BestOfN(n=7, batch=4), {"rows": 3, "decode_rows": 2, "batch_buckets": (1, 2)}),
+        (SuccessiveHalving(n=6, calls=(0.5,), keep=(0.5,)), {"rows": 4, "decode_rows": 2}),
+    ],
+    ids=["whole", "rounds", "halving"],
+)
+def test_peak_of_a_whole_run(name, search, sizes):
+    pipe, call, request, sampler, reward, _ = world(name)
+    expected = plan(sampler, reward, search, request, **sizes)
+    fresh, again = DiffusionSampler(pipe, call), Request(request.prompts, seed=3)  # nothing encoded yet
+    gc.collect()
+    with tracked() as memory:
+        result = finish(fresh, search, again, **sizes)
+    assert near(expected.peak_memory, memory.peak)
+    assert (expected.nfe, expected.decodes) == (result.ledger.nfe, result.ledger.decodes)
+    assert expected.rewards == result.ledger.rewards["pixel"] and result.ledger.probes == {}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_previews_one_by_one_need_less_than_in_one_batch(name):
+    """The traces of PSP (2607.21591): decoding all previews at once sets the peak, one at a time the model does."""
+    *_, request, sampler, reward, _ = world(name)
+    seen = {}
+    rows = sampler.advance(sampler.init(request, request.seeds(0, 8)), 1)
+    for size in (None, 1):
+        metered = MeteredSampler(sampler, Ledger(), decode_rows=size)
+        gc.collect()
+        with torch.no_grad(), tracked() as memory:
+            metered.decode(metered.predict_x0(rows))
+        seen[size] = memory.peak
+    assert seen[1] < 0.4 * seen[None]
+    together, apart = (plan(sampler, reward, BestOfN(n=8), request, rows=1, decode_rows=d) for d in (8, 1))
+    assert together.peak_at == "decoder" and apart.peak_memory < 0.5 * together.peak_memory
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_cut_to_fit_and_the_run_stays_below():
+    pipe, call, request, sampler, reward, footprint = world("sd")
+    limit = int(3.2 * footprint.advance(1))  # two rows at once and what eight hold between operations
+    found = plan(sampler, reward, BestOfN(n=8), request, Budget(max_memory=limit))
+    assert found.peak_memory <= limit == found.max_memory
+    assert found.rows == 2 and 1 <= found.decode_rows <= 3
+    sampler = DiffusionSampler(pipe, call)
+    gc.collect()
+    with tracked() as memory:  # the probes keep to the limit, too
+        result = finish(sampler, BestOfN(n=8), request, Budget(max_memory=limit))
+    assert memory.peak <= limit and result.ledger.probes["nfe"] > 0
+    assert {c["batches"][0]["rows"] for c in result.ranking} == {2}
+    free = finish(sampler, BestOfN(n=8), request)
+    assert {c["batches"][0]["rows"] for c in free.ranking} == {8}
+    assert [c["id"] for c in free.ranking] == [c["id"] for c in result.ranking]
+
+
+def test_without_a_limit_all_rows_run_at_once():
+    *_, request, sampler, reward, _ = world("sd")
+    found = plan(sampler, reward, BestOfN(n=6), request)
+    assert (found.rows, found.decode_rows, found.reward_rows, found.max_memory) == (6, 6, 6, None)
+    kept = plan(sampler, reward, BestOfN(n=6), request, Budget(max_nfe=4 * sampler.nfe(0, 4)), decode_rows=2)
+    assert (kept.nfe, kept.decodes, kept.rewards, kept.images) == (4 * sampler.nfe(0, 4), 4, 4, pytest.approx(4))
+    assert (kept.rows, kept.decode_rows) == (4, 2)
+    text = str(kept)
+    assert "32 model rows" in text and "4 rows in the model, 2 in the decoder" in text and human(kept.peak_memory) in text
+
+
+def test_too_little_memory_for_one_row_is_refused_before_the_search():
+    pipe, call, request, _, reward, footprint = world("sd")
+    ledger = Ledger()
+    with pytest.raises(ValueError, match=r"max_memory=.* is too small: .* one row in the"):
+        run = run_search(
+            DiffusionSampler(pipe, call),
+            reward,
+            BestOfN(n=4),
+            request,
+            Budget(max_memory=int(0.9 * footprint.advance(1))),
+            ledger=ledger,
+        )
+        next(run)
+    assert ledger.nfe == ledger.decodes == 0 and ledger.probes["nfe"] > 0
+
+
+def test_memory_that_the_candidates_themselves_fill_is_refused_with_the_remedy():
+    request, toy = Request(("a",)), GaussianToy()
+    whole = plan(toy, PixelReward(), BestOfN(n=64, batch=64), request)
+    with pytest.raises(ValueError, match="ask for fewer"):
+        plan(toy, PixelReward(), BestOfN(n=64, batch=64), request, Budget(max_memory=whole.peak_memory // 2))
+
+
+def test_probes_are_booked_apart_and_made_once():
+    request, toy, reward, ledger = Request(("a",)), GaussianToy(), PixelReward(), Ledger()
+    probe(toy, reward, request, ledger)
+    rows = 1 + 2 + 3
+    assert ledger.probes == {"nfe": rows * toy.nfe(0, 2), "decodes": rows, "rewards": rows}
+    assert ledger.nfe == ledger.decodes == 0 and not ledger.rewards and ledger.encodes > 0
+    again = Ledger()
+    probe(toy, reward, Request(("b",), seed=9), again)
+    assert again.probes == {} and again.seconds == {}
+    probe(toy, reward, Request(("b",), call={"height": 32}), again)
+    assert again.probes["decodes"] == rows
+    assert Ledger.from_dict(again.as_dict()).probes == again.probes
+
+
+def test_probes_that_a_limit_cut_short_are_made_again_under_a_larger_one():
+    request, toy, reward = Request(("a",)), GaussianToy(), PixelReward()
+    one = probe(GaussianToy(), reward, request).advance(1)
+    counts = []
+    for limit in (1.5 * one, 1.2 * one, 100 * one, 1.5 * one, None):
+        ledger = Ledger()
+        footprint = probe(toy, reward, request, ledger, limit)
+        counts.append((ledger.probes["nfe"] // toy.nfe(0, 2), len(footprint.advance.measured)))
+    assert counts == [(1, 1), (0, 1), (6, 3), (0, 3), (0, 3)]
+
+
+def test_a_reward_that_cannot_hold_two_rows_gets_one():
+    class Narrow(PixelReward):
+        def score(self, samples, prompts, **context):
+            if len(prompts) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().score(samples, prompts, **context)
+
+    request, reward = Request(("a",)), Narrow()
+    found = plan(GaussianToy(), reward, BestOfN(n=4), request, Budget(max_memory="1GiB"))
+    assert (found.rows, found.decode_rows, found.reward_rows) == (4, 4, 1)
+    result = finish(GaussianToy(), BestOfN(n=4), request, Budget(max_memory="1GiB"))
+    assert result.ledger.retries == 0
+
+
+def test_the_ledger_says_what_its_peak_is():
+    ledger = Ledger()
+    ledger.begin_memory()
+    assert ledger.peak_memory_of.startswith("process") and ledger.peak_memory > 0
+    held = torch.ones(ledger.peak_memory // 4)  # as many bytes as the process ever had, on top of what it has now
+    assert ledger.peak_memory_of.startswith("run") and ledger.as_dict()["peak_memory_bytes"] >= held.nbytes

@@ -133,15 +133,19 @@ PROBED_ROWS = 3  # kernels and pipelines skip copies for a single row, so the li
 class Line:
     """Peak of an operation on B rows: what was measured, and on from there in a straight line.
 
-    Fewer than three were measured where memory ran out: more are infinite then.
+    Fewer than three were measured where more would not have fitted: those are infinite.
     """
 
     measured: tuple[float, ...]
 
+    @property
+    def complete(self) -> bool:
+        return len(self.measured) == PROBED_ROWS
+
     def __call__(self, rows: int) -> float:
         if rows <= len(self.measured):
             return self.measured[rows - 1]
-        if len(self.measured) < PROBED_ROWS:
+        if not self.complete:
             return math.inf
         slope = max(0.0, self.measured[-1] - self.measured[-2])
         return self.measured[-1] + (rows - PROBED_ROWS) * slope
@@ -169,8 +173,14 @@ class Footprint:
     sample: Tensor
     decode_batch: int | None = None
 
+    @property
+    def complete(self) -> bool:
+        """Whether all probes were made."""
+        return self.advance.complete and self.decode.complete and self.reward.complete
 
-_PROBED: weakref.WeakKeyDictionary[Sampler, dict[Any, tuple[Reward, Footprint]]] = weakref.WeakKeyDictionary()
+
+# what was measured, under which limit, and the reward: kept, so that its id stays its own
+_PROBED: weakref.WeakKeyDictionary[Sampler, dict[Any, tuple[Footprint, float, Reward]]] = weakref.WeakKeyDictionary()
 
 
 class _ProbeMeter:
@@ -198,7 +208,9 @@ class _ProbeMeter:
         self.ledger.seconds["probe"] += seconds
 
 
-def probe(sampler: Sampler, reward: Reward, request: Request, ledger: Ledger | None = None) -> Footprint:
+def probe(
+    sampler: Sampler, reward: Reward, request: Request, ledger: Ledger | None = None, limit: float | None = None
+) -> Footprint:
     """Measure one, two and three rows of the request's first prompt: two stages, a decode and a score of each.
 
     Later stages are taken to need what the second does. Measured once for a sampler, a reward and the shapes of a
@@ -207,22 +219,26 @@ def probe(sampler: Sampler, reward: Reward, request: Request, ledger: Ledger | N
     Args:
         sampler, reward, request: as in the search.
         ledger: books what the probes cost, in ``probes`` and ``seconds["probe"]``.
+        limit: bytes; two or three rows are left out where they would not fit, going by fewer.
 
     Raises:
-        OutOfMemory: one row does not fit.
+        OutOfMemory: one row does not fit in the memory there is.
         ValueError: the sampler does not decode to a tensor.
     """
     known = _PROBED.setdefault(sampler, {})
     key = (id(reward), repr(_shapes(request.call)), repr(_shapes({k: v[0] for k, v in request.per_prompt.items()})))
-    if key not in known:
+    limit = math.inf if limit is None else limit
+    footprint, under, _ = known.get(key, (None, 0.0, None))
+    if footprint is None or (limit > under and not footprint.complete):
         meter, before = _ProbeMeter(ledger or Ledger()), sampler.meter
         sampler.meter = meter
         try:
             with torch.no_grad():
-                known[key] = reward, _probe(sampler, reward, request, meter)  # keeps the reward, and so its id
+                footprint = _probe(sampler, reward, request, meter, limit)
         finally:
             sampler.meter = before
-    return known[key][1]
+        known[key] = footprint, limit, reward
+    return footprint
 
 
 def _shapes(value: Any) -> Any:
@@ -236,16 +252,16 @@ def _shapes(value: Any) -> Any:
     return getattr(value, "shape", None) or getattr(value, "size", None) or repr(value)
 
 
-def _probe(sampler: Sampler, reward: Reward, request: Request, meter: _ProbeMeter) -> Footprint:
+def _probe(sampler: Sampler, reward: Reward, request: Request, meter: _ProbeMeter, limit: float) -> Footprint:
     device = getattr(sampler, "device", "cpu")
     to = sampler.milestones[min(1, len(sampler.milestones) - 1)]  # multistep schedulers have their history by then
     with tracked(device) as encoding:
         noise = sampler.init(request, request.seeds(0, 1, [0]))
     starts = [noise, *(sampler.init(request, request.seeds(0, n, [0])) for n in range(2, PROBED_ROWS + 1))]
-    advance, rows = _line(device, lambda n: sampler.advance(starts[n - 1], to), "the model")
+    advance, rows = _line(device, lambda n: sampler.advance(starts[n - 1], to), "the model", limit)
     final = rows if to == sampler.num_stages else _preview(sampler, rows)
     finals = [final.select([0] * n) for n in range(1, PROBED_ROWS + 1)]
-    decode, sample = _line(device, lambda n: sampler.decode(finals[n - 1]), "decoding")
+    decode, sample = _line(device, lambda n: sampler.decode(finals[n - 1]), "decoding", limit)
     if not torch.is_tensor(sample):
         raise ValueError(f"decode gave a {type(sample).__name__}; memory can be planned for samplers that give tensors")
     samples, text, context = torch.cat([sample] * PROBED_ROWS), request.reward_prompts[0], request.metadata[0]
@@ -255,18 +271,20 @@ def _probe(sampler: Sampler, reward: Reward, request: Request, meter: _ProbeMete
         reward.score(samples[:count], [text] * count, noise_level=math.inf, metadata=[context] * count)
         meter.scored(count, time.perf_counter() - begin)
 
-    scoring, _ = _line(device, score, "the reward")
+    scoring, _ = _line(device, score, "the reward", limit)
     kept = encoding.live - sum(_size(t) for t in noise.state.tensors.values())
     states = tuple(_blank(p.state, device) for p in (noise, rows, final))
     batch = getattr(sampler, "decode_batch", None)
     return Footprint(encoding.peak, max(0, kept), advance, decode, scoring, states, _without_memory(sample), batch)
 
 
-def _line(device: Any, run: Callable[[int], Any], what: str) -> tuple[Line, Any]:
+def _line(device: Any, run: Callable[[int], Any], what: str, limit: float) -> tuple[Line, Any]:
     """Peaks of ``run`` on one row and more, and its result for one."""
     peaks: list[float] = []
     first = None
     for rows in range(1, PROBED_ROWS + 1):
+        if peaks and 2 * peaks[-1] - sum(peaks[-2:-1]) > limit:
+            break
         try:
             with tracked(device) as memory:
                 result = run(rows)
@@ -505,11 +523,11 @@ def plan(
     budget = budget or Budget()
     prompts, device = len(request.prompts), torch.device(getattr(sampler, "device", "cpu"))
     cut = search.plan(sampler, budget.rows_a_prompt(sampler, prompts))
-    footprint = probe(sampler, reward, request, ledger)
     limit = budget.max_memory
     if limit is None and device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         limit = int(FREE_SHARE * (torch.cuda.mem_get_info(device)[0] + unused))
+    footprint = probe(sampler, reward, request, ledger, limit)
     sizes = {"rows": rows, "decode_rows": decode_rows, "reward_rows": reward_rows}
     part = {"model": "rows", "decoder": "decode_rows", "reward": "reward_rows"}
 
