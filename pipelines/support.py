@@ -110,6 +110,11 @@ def probe(
     unknown = sorted(set(given) - set(parameters))
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise TypeError(f"{type(pipe).__name__} takes no argument {', '.join(unknown)}; see help(pipe.__call__)")
+    with torch.random.fork_rng(devices=[]):
+        return _probed(pipe, given, exact, progress)
+
+
+def _probed(pipe: Any, given: dict[str, Any], exact: bool, progress: Callable[[str], None]) -> Support:
     name = type(pipe).__name__
     prompt = given.pop("prompt", None)
     example = {} if prompt is None else {"prompt": prompt}
@@ -175,6 +180,7 @@ def compare(
     """
     last = sampler.num_stages
     progress("one candidate, stopped and resumed")
+    torch.manual_seed(_SEED)
     one = sampler.init(request, request.seeds(0, 1))
     for stage in (min(1, last), min(2, last), last):
         one = sampler.advance(one, stage) if stage > one.stage else one
@@ -184,7 +190,7 @@ def compare(
     done = sampler.advance(start.snapshot(), last)
     full = _finished(sampler, done)
     found["apart"] = min(_worst(full[:1], full[1:2]), _worst(full[1:2], full[2:]), _worst(full[:1], full[2:]))
-    found |= _third(sampler, request, full[2])
+    found |= _third(sampler, request, full[2], start.state.tensors["ambient"][2])
     population = start
     stages = sorted({1, last // 2, last - 1} & set(range(1, last)))
     for stage in [0] if sampler.strategy == "whole" or not stages else stages:
@@ -198,10 +204,10 @@ def compare(
     return found
 
 
-def _third(sampler: DiffusionSampler, request: Request, row: list[Tensor]) -> dict[str, float]:
+def _third(sampler: DiffusionSampler, request: Request, row: list[Tensor], ambient: Tensor) -> dict[str, float]:
     call = {**sampler.call, **({} if request.prompts[0] is None else {"prompt": request.prompts[0]})}
     streams = [request.generator(seed) for seed in request.seeds(0, 3)]
-    alone = _by_row(_plain(sampler.pipe, call, streams[2]), 1)[0]
+    alone = _by_row(_plain(sampler.pipe, call, streams[2], ambient), 1)[0]
     row = row[: len(alone)]  # latents follow
     found = {"row": _worst([row], [alone])}
     if found["row"] > TOLERANCE and sampler.replay.number:
@@ -272,7 +278,17 @@ def _limit(name: str, apart: float) -> float:
     return float("inf") if name in ("apart", "kernels") else min(TOLERANCE, apart / 10)
 
 
-def _plain(pipe: Any, call: Mapping[str, Any], generator: torch.Generator | list[torch.Generator]) -> Any:
+def _plain(
+    pipe: Any,
+    call: Mapping[str, Any],
+    generator: torch.Generator | list[torch.Generator],
+    ambient: Tensor | None = None,
+) -> Any:
+    """The pipeline's own call; what it draws without its generator comes from torch's global stream, set here."""
+    if ambient is None:
+        torch.manual_seed(_SEED)
+    else:
+        torch.set_rng_state(ambient.clone())
     if "generator" in inspect.signature(type(pipe).__call__).parameters:
         call = {**call, "generator": generator}
     return pipe(**call)

@@ -252,7 +252,10 @@ def fit(pipe: Any) -> None:
         pipe.prompt_template_encode_start_idx = len(pipe.tokenizer.tokenizer(prefix).input_ids)
     if hasattr(pipe, "resolutions"):
         pipe.resolutions = [(64, 64)]
-    module = inspect.getmodule(type(pipe).__mro__[0])
+    processor = inspect.getmodule(type(getattr(pipe, "vae_image_processor", pipe)))
+    for size in getattr(processor, "BUCKETS", ()):
+        processor.BUCKETS[size] = [(64, 64)]
+    module = inspect.getmodule(type(pipe))
     for name in ("VAE_IMAGE_SIZE", "CONDITION_IMAGE_SIZE"):
         if hasattr(module, name):
             setattr(module, name, 64 * 64)

@@ -135,6 +135,7 @@ def with_steps(pipe: Any, given: dict[str, Any]) -> tuple[dict[str, Any], Any]:
 
 
 def bare(pipe: Any, call: dict[str, Any]) -> Any:
+    torch.manual_seed(SEED)  # some pipelines draw without their generator
     if "generator" in inspect.signature(type(pipe).__call__).parameters:
         call = {**call, "generator": torch.Generator().manual_seed(SEED)}
     return pipe(**call)
