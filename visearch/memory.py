@@ -126,6 +126,7 @@ def tracked(device: torch.device | str = "cpu") -> Iterator[TensorMemory | _Cuda
 # --- probes ---------------------------------------------------------------------------------------------------
 
 
+PROBE_SHARE = 0.9  # of a limit; the rows that wait for their probe are held beside it
 PROBED_ROWS = 3  # kernels and pipelines skip copies for a single row, so the line goes through two and three
 
 
@@ -283,7 +284,7 @@ def _line(device: Any, run: Callable[[int], Any], what: str, limit: float) -> tu
     peaks: list[float] = []
     first = None
     for rows in range(1, PROBED_ROWS + 1):
-        if peaks and 2 * peaks[-1] - sum(peaks[-2:-1]) > limit:
+        if peaks and 2 * peaks[-1] - sum(peaks[-2:-1]) > PROBE_SHARE * limit:
             break
         try:
             with tracked(device) as memory:
