@@ -13,6 +13,7 @@ import tiny
 from PIL import Image, ImageChops
 
 from visearch.cli import main
+from visearch.protocols import Population
 from visearch.rewards import REWARDS
 
 for name in ("brightness", "nan", "raising", "short", "interrupting"):
@@ -46,7 +47,8 @@ def largest_difference(a, b) -> int:
 def test_a_run_leaves_winner_baseline_sheet_and_result(run):
     status, out, err, folder = run("--n", "5", "--seed", "3")
     assert status == 0 and "5 candidates, 20 model rows" in out
-    assert {p.name for p in folder.iterdir()} == {"winner.png", "baseline.png", "contact-sheet.png", "result.json"}
+    written = {"winner.png", "baseline.png", "contact-sheet.png", "result.json", "winner.safetensors", "winner.json"}
+    assert {p.name for p in folder.iterdir()} == written
     result = json.loads((folder / "result.json").read_text())
     assert [c["score"] for c in result["ranking"]] == sorted((c["score"] for c in result["ranking"]), reverse=True)
     assert result["winner"] == result["ranking"][0] and result["baseline"]["candidate"] == 0
@@ -206,3 +208,31 @@ def test_help_teaches():
         assert word in shown
     bare = subprocess.run([sys.executable, "-m", "visearch"], capture_output=True, text=True, env=os.environ)
     assert bare.returncode == 2 and "run" in bare.stdout and "demo" in bare.stdout
+
+
+def test_an_exact_run_repeats_its_winner_without_drift(run):
+    status, out, _, folder = run("--n", "3", "--exact", "--batch-buckets", "1,2", "--max-memory", "2GiB")
+    assert status == 0 and "winner's latents differ by at most 0" in out
+    result = json.loads((folder / "result.json").read_text())
+    assert result["drift"] == 0 and result["ledger"]["nfe"] == 3 * 2 * 2 and result["ledger"]["probes"]["nfe"] > 0
+    assert {c["batches"][0]["rows"] for c in result["ranking"]} == {1, 2}
+    again = shlex.split(result["command"])
+    assert again.count("--exact") == 1 and again[again.index("--batch-buckets") + 1] == "1,2"
+    assert "--exact" not in result["winner_command"]
+    kept = Population.load(folder, name="winner")
+    assert kept.seed == (result["winner"]["seed"],) and len(kept) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [(("--batch-buckets", "2,4"), "batch_buckets"), (("--max-memory", "lots"), "max_memory='lots'")],
+)
+def test_sizes_that_cannot_be_are_refused(run, words, named):
+    status, _, err, folder = run("--n", "2", *words)
+    assert status == 2 and named in err and not list(folder.glob("*.png"))
+
+
+def test_a_list_of_sizes_is_a_list_of_numbers(run, capsys):
+    with pytest.raises(SystemExit):
+        run("--batch-buckets", "1,two")
+    assert "write it as 1,2,4,8" in capsys.readouterr().err
