@@ -415,8 +415,8 @@ class Replay:
         self.layouts.clear()
         self.number = number
         marks = self._marks()
-        alone = self._dry({**call, **example}, [second], marks=marks)
         try:
+            alone = self._dry({**call, **example}, [second], marks=marks)
             if all(alone.ends_like(self._resumed(call, example, alone, m, 0), exact=True) for m in marks):
                 return "rows", _first_line(reason)
             why = "a resumed row does not end where the uninterrupted one does"

@@ -231,3 +231,11 @@ def test_on_cuda_in_half_precision(compiled):
     np.testing.assert_allclose(plain, found, atol=1e-2)
     own = torch.Generator("cuda").manual_seed(1)
     assert len(wrap(pipe, n=4)("a cow", generator=own, **CALL).search.ranking) == 4
+
+
+def test_decoding_in_parts_brings_the_decoder_once_a_round(monkeypatch):
+    pipe = tiny.build("sd")
+    moves = Moves(monkeypatch, pipe)
+    offload(pipe, "model", "cpu")
+    wrap(pipe, n=4, decode_rows=1)("a cow", generator=seeded(), **CALL)
+    assert moves.counts == {"text_encoder": 1, "unet": 1, "vae": 2}

@@ -189,6 +189,9 @@ class RowState:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def select(self, index: Tensor) -> RowState:
+        rows = next((t.shape[self.axes[n]] for n, t in self.tensors.items() if self.axes[n] is not None), None)
+        if index.tolist() == list(range(rows or 0)):
+            return self  # gathering would lose memory formats, and with them the last bit of convolutions
         picked = {
             name: t if self.axes[name] is None else t.index_select(self.axes[name], index.to(t.device))
             for name, t in self.tensors.items()
