@@ -9,6 +9,7 @@ import tiny
 import torch
 from diffusers import DDIMScheduler
 
+from visearch import support as command
 from visearch.cli import main
 from visearch.pipelines import support
 from visearch.pipelines.support import STRATEGIES, TOLERANCE, Support, measured_with, probe, support_table
@@ -35,6 +36,7 @@ def test_the_table_loads_sorted_with_its_versions():
     assert list(table) == sorted(table)
     assert all(row.pipeline == name and row.strategy in STRATEGIES for name, row in table.items())
     assert {"diffusers", "torch", "transformers", "date"} <= measured_with().keys()
+    assert command.STRATEGIES == STRATEGIES
 
 
 def test_what_the_table_calls_exact_keeps_the_limit():

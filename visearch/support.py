@@ -24,7 +24,8 @@ strategies:
 
 columns:
   exact    largest difference between pruned, copied or resumed candidates and uninterrupted ones, images on [0, 1];
-           0 is bit for bit, 1e-4 the limit; measured with tiny random models in float32 on a CPU
+           0 is bit for bit; measured with tiny random models in float32 on a CPU; the limit is 1e-4, beyond it only
+           where float64 shows that it is rounding (see the notes with --json)
   can      p: previews of unfinished candidates, m: moves (re-noise, perturb), s: stochastic steps on demand
 
 examples:
