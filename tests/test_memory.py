@@ -264,7 +264,9 @@ def test_without_a_limit_all_rows_run_at_once():
     assert (kept.nfe, kept.decodes, kept.rewards, kept.images) == (4 * sampler.nfe(0, 4), 4, 4, pytest.approx(4))
     assert (kept.rows, kept.decode_rows) == (4, 2)
     text = str(kept)
-    assert "32 model rows" in text and "4 rows in the model, 2 in the decoder" in text and human(kept.peak_memory) in text
+    assert (
+        "32 model rows" in text and "4 rows in the model, 2 in the decoder" in text and human(kept.peak_memory) in text
+    )
 
 
 def test_too_little_memory_for_one_row_is_refused_before_the_search():
@@ -335,3 +337,18 @@ def test_the_ledger_says_what_its_peak_is():
     assert ledger.peak_memory_of.startswith("process") and ledger.peak_memory > 0
     held = torch.ones(ledger.peak_memory // 4)  # as many bytes as the process ever had, on top of what it has now
     assert ledger.peak_memory_of.startswith("run") and ledger.as_dict()["peak_memory_bytes"] >= held.nbytes
+
+
+def test_a_wrapped_pipeline_plans_its_calls_and_keeps_to_them():
+    import visearch
+
+    pipe = visearch.SearchPipeline(
+        build("sd"), PixelReward(), BestOfN(n=4), Budget(max_memory="1.2MiB"), batch_buckets=(1, 2, 4)
+    )
+    state = torch.get_rng_state()
+    found = pipe.plan("a cow", **IMAGE_CALL)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert isinstance(found, visearch.Plan) and (found.rows, found.decodes) == (2, 4)
+    result = pipe("a cow", generator=torch.Generator().manual_seed(1), **IMAGE_CALL).search
+    assert {c["batches"][0]["rows"] for c in result.ranking} == {2}
+    assert result.ledger.nfe == found.nfe and result.ledger.probes == {}  # made by the plan
