@@ -108,7 +108,9 @@ class DiffusionSampler:
     @property
     def device(self) -> torch.device:
         """Where the pipeline runs."""
-        return torch.device(self.pipe._execution_device)
+        if self.shared.device is None:
+            self.shared.device = torch.device(self.pipe._execution_device)  # walks through every module
+        return self.shared.device
 
     @property
     def replay(self) -> Replay:
@@ -127,7 +129,7 @@ class DiffusionSampler:
     def request(self, request: Request) -> None:
         if request is not self.shared.request:
             _refuse_reserved(request.call)
-            self.shared.request = request
+            self.shared.request, self.shared.device = request, None
             self.shared.encoded.clear()
             if self.shared.used:  # what the dry runs encoded is fresh
                 self.replay.prompts.clear()
@@ -658,6 +660,7 @@ class _Shared:
         self.replay = replay
         self.request: Request | None = None
         self.used = False
+        self.device: torch.device | None = None
         self.encoded: dict[int, list] = {}  # prompt -> description of what encode_prompt gave
         self.pixels: dict[str, Any] | None = None  # arguments with which the pipeline gives tensors, once found
 

@@ -22,6 +22,7 @@ import threading
 import time
 import types
 import warnings
+import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -47,6 +48,19 @@ _ABSENT = object()
 
 class _Stop(BaseException):
     """Leaves a pipeline's loop. Not an Exception, so that no handler inside a pipeline swallows it."""
+
+
+_signatures: weakref.WeakKeyDictionary[Callable, inspect.Signature] = weakref.WeakKeyDictionary()
+
+
+def _signature(method: Callable) -> inspect.Signature:
+    """Of a bound method; reading it at every step would cost more than the step."""
+    function = getattr(method, "__func__", None)
+    if function is None:
+        return inspect.signature(method)
+    if function not in _signatures:
+        _signatures[function] = inspect.signature(method)
+    return _signatures[function]
 
 
 class _Shadow:
@@ -838,7 +852,7 @@ class _Run:
         if self.plain:
             self.clock += 1
             return real(*args, **kwargs)
-        bound = inspect.signature(real).bind(*args, **kwargs)
+        bound = _signature(real).bind(*args, **kwargs)
         sample = bound.arguments["sample"]
         slot = self._slot(scheduler, sample.shape if torch.is_tensor(sample) else torch.Size())
         call = self.slots.count(slot)
