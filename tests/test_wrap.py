@@ -205,7 +205,10 @@ def test_budgets_cut_the_search(cogview):
         ({"prompt": []}, "empty list"),
         ({}, "prompt is missing"),
         ({"prompt": ["a cow", "a cat"], "latents": torch.zeros(3, 4, 4, 4)}, r"latents is of shape \(3, 4, 4, 4\)"),
-        ({"prompt": "a cow", "num_images_per_prompt": 0}, "num_images_per_prompt=0 must be a whole number of at least 1"),
+        (
+            {"prompt": "a cow", "num_images_per_prompt": 0},
+            "num_images_per_prompt=0 must be a whole number of at least 1",
+        ),
         ({"prompt": ["a cow", None]}, "prompt_embeds without prompt"),
         ({"prompt": ["a cow", "a cat"], "negative_prompt": ["x"]}, "negative_prompt has 1 entries for 2 prompts"),
         ({"prompt": "a cow", "generator": [seeded(), seeded()]}, "generator has 2 entries for 1 prompts"),
