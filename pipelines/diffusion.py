@@ -215,11 +215,25 @@ class DiffusionSampler:
             rng_device=device,
         )
 
-    def advance(self, population: Population, to: int) -> Population:
+    def advance(
+        self,
+        population: Population,
+        to: int,
+        resample: Mapping[int, Callable[[Population], Sequence[int]]] | None = None,
+    ) -> Population:
         """Carry all rows to stage ``to``, in one batch where their prompts have the same encoded shapes.
 
+        Args:
+            population: B rows.
+            to: a later stage.
+            resample: stage on the way -> function of the population there that names the B rows to go on with, repeats
+                allowed. Where one batch holds all rows, and a pass of the loop steps once, this happens inside the
+                loop, without leaving it; elsewhere by stopping and resuming, with the same result. The function may
+                score previews.
+
         Raises:
-            ValueError: ``to`` lies before the rows' stage or beyond the last.
+            ValueError: ``to`` lies before the rows' stage or beyond the last; ``resample`` names another number of
+                rows, or rows of other prompts.
             RuntimeError: out of memory, unchanged; the population is intact, so fewer rows can be tried.
         """
         if to == population.stage:
@@ -228,6 +242,8 @@ class DiffusionSampler:
             raise ValueError(f"cannot advance from stage {population.stage} to {to}; stages end at {self.num_stages}")
         if self.strategy == "whole":
             return self._run_whole(population)
+        if resample:
+            return self._resample(population, to, resample)
         try:
             with self.resident():
                 return self._advance(population, to)
@@ -239,7 +255,44 @@ class DiffusionSampler:
             self.replay.refuse_batch(error, {**request.call, **self.call}, example)
             return self.advance(population, to)
 
-    def _advance(self, population: Population, to: int) -> Population:
+    def _resample(
+        self, population: Population, to: int, resample: Mapping[int, Callable[[Population], Sequence[int]]]
+    ) -> Population:
+        outside = sorted(s for s in resample if not population.stage < s < to)
+        if outside:
+            raise ValueError(f"resample names stages {outside}; they must lie between {population.stage} and {to}")
+
+        def chosen(rows: Population, stage: int) -> Population:
+            index = [int(i) for i in resample[stage](rows)]
+            picked = rows.select(index)
+            if not torch.equal(picked.prompt, rows.prompt):
+                raise ValueError(f"resample gave rows {index} at stage {stage}; give one row for each, of its prompt")
+            return picked
+
+        clocks = {self.schedule.ends[stage]: stage for stage in resample}
+        one_step = len(set(self.schedule.slots)) == 1
+        prompts = {
+            (self._batch_key(p), own is None)
+            for p, own in zip(population.prompt.tolist(), self._latents(population), strict=True)
+        }
+        if not (one_step and self.replay.together and len(prompts) == 1):
+            for stage in sorted(resample):
+                population = chosen(self.advance(population, stage), stage)
+            return self.advance(population, to)
+        now = population
+
+        def exchange(state: RowState, streams: list[Tensor]) -> tuple[RowState, Sequence[Tensor]]:
+            nonlocal now
+            extra = {"ambient": now.state.tensors["ambient"]}
+            there = replace(now, stage=clocks[state.fields["clock"]], state=_with(state, **extra), rng=tuple(streams))
+            now = chosen(there, there.stage)
+            return now.state, now.rng
+
+        with self.resident():
+            end = self._advance(population, to, events=dict.fromkeys(clocks, exchange))
+        return replace(now, stage=end.stage, state=end.state, rng=end.rng)
+
+    def _advance(self, population: Population, to: int, **options: Any) -> Population:
         prompts, old = population.prompt.tolist(), population.state
         states, streams, order = [], list(population.rng), []
         given = self._latents(population)
@@ -255,6 +308,7 @@ class DiffusionSampler:
                 state=old if len(rows) == len(population) else old.select(torch.tensor(rows)),
                 stop=self.schedule.ends[to],
                 transition=self.transition,
+                **options,
             )
             state = run.captured
             if "noise_shape" in old.fields:

@@ -569,6 +569,7 @@ class _Run:
         observe: in a dry run, find the shapes of each model's output by the model itself.
         learn: in a dry run of several rows, find where steps keep rows; whether a row's entries are neighbours.
         marks: clocks at which to record what :meth:`capture` gives, in ``marked``, and to go on.
+        events: clock -> function of what :meth:`capture` gives and the streams; the loop goes on with what it returns.
     """
 
     def __init__(
@@ -589,10 +590,12 @@ class _Run:
         observe: bool = False,
         learn: bool | None = None,
         marks: Sequence[int] = (),
+        events: Mapping[int, Callable[[RowState, list[Tensor]], tuple[RowState, Sequence[Tensor]]]] | None = None,
     ) -> None:
         self.replay, self.rng_start, self.rng, self.state, self.stop = replay, rng_start, rng, state, stop
         self.transition, self.callbacks, self.plain = transition, callbacks, plain
         self.dry, self.observe, self.learn, self.marks = dry, observe, learn, marks
+        self.events = events or {}
         self.meter = NullMeter() if meter is None else meter
         self.rows = len(rng_start)
         self.seeded = "generator" in replay.parameters
@@ -761,6 +764,8 @@ class _Run:
         return made
 
     def _encode(self, shadow: _Shadow, *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return shadow.__wrapped__(*args, **kwargs)
         result, described = self.replay.prompts.encode(shadow.__wrapped__, args, kwargs, self.rows, self.meter)
         self.described += described
         return result
@@ -770,7 +775,7 @@ class _Run:
     def _once(self, name: str, shadow: _Shadow, *args: Any, **kwargs: Any) -> Any:
         """A model outside the loop (image encoders, the VAE's encoder): each input goes through it once a request."""
         real = shadow.__wrapped__
-        if shadow.owner.training:
+        if shadow.owner.training or not self.active:
             return real(*args, **kwargs)
         return self.replay.memo.call((name, shadow.name), real, args, kwargs, self.meter)
 
@@ -875,6 +880,8 @@ class _Run:
             values = self._live_step(scheduler, real, bound, slot, call)
             if self.replay.schedule is not None and self.clock in self.replay.schedule.between:
                 self.ended[slot] = [g.get_state() for g in self.generators]
+        if self.clock in self.events and self.clock > self.begin:
+            values = self._exchange(slot)
         if self.clock in self.marks:
             self.marked[self.clock] = self.capture(), [g.get_state() for g in self.generators]
         if self.clock == self.stop:
@@ -956,6 +963,19 @@ class _Run:
             name: layouts[name].join(self.state.tensors[f"out.{slot}.{name}"]).clone() if name in layouts else value
             for name, value in kept["values"].items()
         }
+
+    def _exchange(self, slot: int) -> dict[str, Any]:
+        """Go on with other rows, as many as there are, without leaving the loop."""
+        state, streams = self.capture(), [g.get_state() for g in self.generators]
+        self.active = False  # the event may use the pipeline, to decode previews
+        try:
+            self.state, self.rng = self.events[self.clock](state, streams)
+        finally:
+            self.active = True
+        self._resume()
+        values, x0 = self._recorded(slot), self.state.tensors.get(f"x0.{slot}")
+        self.last[slot] = values, None if x0 is None else self._layout_of(slot, "prev_sample", x0).join(x0)
+        return values
 
     def _resume(self) -> None:
         """Put fields, guidance momentum and streams in, before the loop's next ``scale_model_input`` reads them."""

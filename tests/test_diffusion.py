@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from tiny import OTHERS, PIPELINES, build, hunyuan_embeds
+from tiny import FAMILIES, OTHERS, PIPELINES, build, hunyuan_embeds
 
 from visearch.pipelines import flow
 from visearch.pipelines.diffusion import DiffusionSampler
@@ -494,3 +495,44 @@ def test_errors_say_what_to_do():
     heun = DiffusionSampler(build("sd", SCHEDULERS["heun"]()), CALL)
     with pytest.raises(ValueError, match="order 1"):
         heun.view(Sde())
+
+
+@pytest.mark.parametrize("name", ["sd", "cogview4", "sd-dpm++", "sd-euler-a", "sdxl-inpaint"])
+def test_resampling_inside_the_loop(name):
+    """Rows exchanged inside one call of the pipeline go on as if it had been left and entered again."""
+    base, _, scheduler = name.partition("-") if name != "sdxl-inpaint" else (name, "", "")
+    pipe = build(base, SCHEDULERS[scheduler]() if scheduler else None)
+    family = FAMILIES[base]
+    call = {**family.call, "num_inference_steps": 4}
+    sampler, entries, seen = DiffusionSampler(pipe, call), [], []
+    loop = pipe.scheduler.set_timesteps
+
+    @functools.wraps(loop)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        entries.append(1)
+        return loop(*args, **kwargs)
+
+    vars(pipe.scheduler)["set_timesteps"] = counted
+
+    def keep(rows: Population) -> list[int]:
+        seen.append(sampler.decode(sampler.predict_x0(rows)))
+        return [2, 0, 2]
+
+    entries.clear()
+    last = sampler.num_stages
+    moved = sampler.advance(start(sampler, 3), last, resample={1: keep, last - 1: lambda rows: [1, 2, 0]})
+    inside = len(entries)
+    by_hand = sampler.advance(start(sampler, 3), 1)
+    preview = sampler.decode(sampler.predict_x0(by_hand))
+    by_hand = sampler.advance(by_hand.select([2, 0, 2]), last - 1)
+    by_hand = sampler.advance(by_hand.select([1, 2, 0]), last)
+    together = sampler.strategy == "batch"
+    assert inside == (3 if together else len(entries) - inside)  # initial noise, the loop, the preview
+    torch.testing.assert_close(seen[0], preview, **CLOSE)
+    torch.testing.assert_close(sampler.decode(moved), sampler.decode(by_hand), **CLOSE)
+    assert moved.lineage == by_hand.lineage
+    assert all(torch.equal(a, b) for a, b in zip(moved.rng, by_hand.rng, strict=True))
+    with pytest.raises(ValueError, match="one row for each"):
+        sampler.advance(start(sampler, 3), last, resample={2: lambda rows: [0]})
+    with pytest.raises(ValueError, match="resample names stages"):
+        sampler.advance(start(sampler, 3), last, resample={last: keep})
