@@ -606,6 +606,7 @@ class _Run:
         self.noise = None if state is None or self.begin else state.tensors.get("noise")
 
         self.active = True
+        self.drew = False
         self.drawn: Tensor | None = None  # initial noise, as the pipeline's first draw gave it
         self.clock = 0
         self.timed = False  # set_timesteps was called
@@ -755,12 +756,14 @@ class _Run:
 
     def _draw(self, shape: Sequence[int], *args: Any, **kwargs: Any) -> Tensor:
         made = randn_tensor(shape, *args, **kwargs)  # also when replaced: the streams must move as in a plain call
-        if self.drawn is None:
+        # only a first draw with a row axis is the noise of the rows; some pipelines draw sample by sample
+        if not self.drew and made.ndim and made.shape[0] == self.rows:
             if self.noise is not None:
                 if self.noise.shape != made.shape:
                     raise ValueError(f"noise has shape {tuple(self.noise.shape)}; this call draws {tuple(made.shape)}")
                 made = self.noise.to(made)
             self.drawn = made
+        self.drew = True
         return made
 
     def _encode(self, shadow: _Shadow, *args: Any, **kwargs: Any) -> Any:
