@@ -46,7 +46,8 @@ class Support:
         preview, renoise, perturb, stochastic: whether each of these worked.
         decodes: whether finished rows become pixels of shape (B, 3, H, W) or (B, F, 3, H, W) in [0, 1].
         differences: measured by name, see :func:`compare`; empty where nothing was run.
-        verdict: ``"exact"``, ``"wrong"``, ``"failed"`` (an error on the way), or ``"unmeasured"``.
+        verdict: ``"exact"``, ``"wrong"``, ``"failed"`` (an error on the way), or ``"unmeasured"`` (not run,
+            or its candidates do not differ).
         notes: what else is worth knowing, errors among it.
     """
 
@@ -151,9 +152,11 @@ def _probed(pipe: Any, given: dict[str, Any], exact: bool, progress: Callable[[s
         again = _plain(pipe, {**given, **example}, torch.Generator().manual_seed(_SEED))
         differences["unchanged"] = _difference(again, bare)
         wrong = any(not value <= _limit(key, differences["apart"]) for key, value in differences.items())
-        if differences["apart"] == 0:
-            notes.append("its candidates do not differ, so the comparison shows little")
-        found |= {"differences": differences, "verdict": "wrong" if wrong else "exact"}
+        verdict = "wrong" if wrong else "exact"
+        if verdict == "exact" and differences["apart"] == 0:
+            verdict = "unmeasured"
+            notes.append("its candidates do not differ, so there is nothing to compare, and nothing to search")
+        found |= {"differences": differences, "verdict": verdict}
     except Exception as error:  # whatever a pipeline raises belongs in its line
         notes.append(_where(error))
         found |= {"verdict": "failed"}

@@ -245,11 +245,17 @@ def fit(pipe: Any) -> None:
     """Settings that the stand-ins and the size of the test need.
 
     Some pipelines bring their images to about a megapixel whatever the call says, minutes a call for nothing; and one
-    family cuts its template off by a number of tokens that holds for its own tokenizer.
+    family cuts its template off by a number of tokens that holds for its own tokenizer. Parameters that a class leaves
+    uninitialised get small random values.
     """
-    if isinstance(template := getattr(pipe, "prompt_template", None), str):
-        prefix = template.split("{}")[0]
-        pipe.prompt_template_encode_start_idx = len(pipe.tokenizer.tokenizer(prefix).input_ids)
+    for module in pipe.components.values():
+        for parameter in module.parameters() if isinstance(module, torch.nn.Module) else ():
+            if not bool(parameter.isfinite().all()) or float(parameter.detach().abs().max()) > 1e3:
+                torch.nn.init.normal_(parameter.detach(), std=0.02)
+    for name in ("prompt_template", "prompt_template_encode"):
+        if isinstance(template := getattr(pipe, name, None), str):
+            tokenizer = getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)
+            pipe.prompt_template_encode_start_idx = len(tokenizer(template.split("{}")[0]).input_ids)
     if hasattr(pipe, "resolutions"):
         pipe.resolutions = [(64, 64)]
     processor = inspect.getmodule(type(getattr(pipe, "vae_image_processor", pipe)))
