@@ -272,7 +272,7 @@ class DiffusionSampler:
         clocks = {self.schedule.ends[stage]: stage for stage in resample}
         one_step = len(set(self.schedule.slots)) == 1
         prompts = {
-            (self._batch_key(p), own is None)
+            (self.batch_key(p), own is None)
             for p, own in zip(population.prompt.tolist(), self._latents(population), strict=True)
         }
         if not (one_step and self.replay.together and len(prompts) == 1):
@@ -296,7 +296,7 @@ class DiffusionSampler:
         prompts, old = population.prompt.tolist(), population.state
         states, streams, order = [], list(population.rng), []
         given = self._latents(population)
-        keys = [(self._batch_key(p), own is None) for p, own in zip(prompts, given, strict=True)]
+        keys = [(self.batch_key(p), own is None) for p, own in zip(prompts, given, strict=True)]
         for rows in _groups(keys if self.replay.together else range(len(prompts))):
             run = self._run(
                 prompts,
@@ -646,7 +646,7 @@ class DiffusionSampler:
             raise ValueError("no request is under way; call init, or set request before resuming a loaded population")
         return self.request
 
-    def _batch_key(self, prompt: int) -> Any:
+    def batch_key(self, prompt: int) -> Any:
         """Prompts with equal keys can share a batch."""
         request = self._under_way()
         texts = all(isinstance(v, (str, type(None))) for values in request.per_prompt.values() for v in values)
