@@ -761,8 +761,8 @@ class _Run:
             if self.noise is not None:
                 if self.noise.shape != made.shape:
                     raise ValueError(f"noise has shape {tuple(self.noise.shape)}; this call draws {tuple(made.shape)}")
-                made = self.noise.to(made)
-            self.drawn = made
+                made = self.noise.to(made).clone()  # some pipelines write into their latents
+            self.drawn = made.clone()
         self.drew = True
         return made
 

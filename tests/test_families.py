@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers.utils import BaseOutput
 from probes import Probe, assert_same, attributes
-from tiny import FAMILIES, build
+from tiny import FAMILIES, PROMPT, build
 
 from visearch.budget import Ledger
 from visearch.pipelines.diffusion import DiffusionSampler
@@ -259,3 +259,14 @@ def test_flow_schedulers(label):
         stages.append(sampler.advance(stages[-1].snapshot(), stage))
     for rows in stages[:-1]:
         assert_rows(sampler.advance(rows.select([2, 0]), 5), stages[-1], [2, 0])
+
+
+def test_rows_survive_a_pipeline_that_writes_into_its_latents():
+    pipe, family = build("kandinsky5"), FAMILIES["kandinsky5"]
+    sampler = DiffusionSampler(pipe, family.call)
+    request = Request((PROMPT,), seed=7)
+    rows = sampler.init(request, request.seeds(0, 2))
+    noise = rows.state.tensors["noise"].clone()
+    first = sampler.advance(rows, 2).state.tensors["out.0.prev_sample"]
+    assert torch.equal(rows.state.tensors["noise"], noise)
+    assert torch.equal(sampler.advance(rows, 2).state.tensors["out.0.prev_sample"], first)
