@@ -1,8 +1,10 @@
 """Generators: every family behind the Sampler protocol, by name."""
 
+from typing import Any
+
 from visearch.protocols import Registry
 
-__all__ = ["MODELS", "SAMPLERS"]
+__all__ = ["MODELS", "SAMPLERS", "components"]
 
 SAMPLERS = Registry(
     "sampler",
@@ -14,3 +16,8 @@ SAMPLERS = Registry(
 )
 
 MODELS = Registry("model", {"emoji-64": "visearch.pipelines.emoji:load"})
+
+
+def components(pipe: Any) -> dict[str, Any]:
+    """A pipeline's parts by name, also those which ``pipe.components`` leaves out since its constructor makes them."""
+    return {k: getattr(pipe, k, None) for k in pipe.config if not k.startswith("_")} | pipe.components

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -37,6 +38,7 @@ from visearch.protocols import (
 __all__ = ["DiffusionSampler"]
 
 _RESERVED = {"prompt", "generator", "latents", "return_dict", *COUNTS}
+_REFUSED_TYPE = re.compile(r"output[_ `]*types?\b", re.IGNORECASE)
 _STREAMS = ("rng_start", "ambient")
 _WHOLE = "out.0.sample"  # what a whole run gave, in place of what a step gave
 
@@ -469,8 +471,9 @@ class DiffusionSampler:
         for kind in kinds:
             try:
                 made = run({**kind, **plain})
-            except (ValueError, NotImplementedError, AssertionError, UnboundLocalError) as error:
-                if "output" not in str(error).lower():
+            except Exception as error:
+                # only a refusal of the output type is answered by another; the last attempt raises whatever it raises
+                if not _REFUSED_TYPE.search(str(error)):
                     raise
                 continue
             self.shared.pixels = {**kind, **plain}

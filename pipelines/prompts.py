@@ -20,9 +20,9 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from visearch.protocols import Meter
+from visearch.protocols import Meter, NullMeter
 
-__all__ = ["COUNTS", "Memo", "PromptCache", "map_tree"]
+__all__ = ["COUNTS", "PLAIN", "Memo", "PromptCache", "clone_tree", "map_tree"]
 
 COUNTS = (
     "num_images_per_prompt",
@@ -32,7 +32,7 @@ COUNTS = (
     "num_images",
     "batch_size",
 )
-_PLAIN = (bool, int, float, str, torch.device, torch.dtype, type(None))
+PLAIN = (bool, int, float, str, torch.device, torch.dtype, type(None))
 
 
 def map_tree(function: Callable[[Any], Any], value: Any) -> Any:
@@ -45,6 +45,11 @@ def map_tree(function: Callable[[Any], Any], value: Any) -> Any:
         made = [map_tree(function, v) for v in value]
         return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
     return function(value)
+
+
+def clone_tree(value: Any) -> Any:
+    """A copy whose tensors and containers are its own; other leaves are shared."""
+    return map_tree(lambda v: v.clone() if torch.is_tensor(v) else v, value)
 
 
 class Memo:
@@ -69,7 +74,7 @@ class Memo:
             self._outputs[key] = real(*args, **kwargs)
             meter.encode(1, time.perf_counter() - begin)
         # a copy, since a pipeline may write into what it got
-        return map_tree(lambda v: v.clone() if torch.is_tensor(v) else v, self._outputs[key])
+        return clone_tree(self._outputs[key])
 
 
 class PromptCache:
@@ -83,7 +88,7 @@ class PromptCache:
         self.encoding = False
         self._results: dict[tuple, tuple[tuple, Any]] = {}  # arguments -> (what keeps their ids alive, result)
         self._axes: dict[str, Any] = {}  # structure of a result -> row axis of each leaf
-        self._outputs: dict[tuple, Any] = {}  # of encoders, while one prompt is encoded
+        self._encoders = Memo()  # of encoders, while one prompt is encoded
 
     def clear(self) -> None:
         """Forget all prompts; the row axes stay, they belong to the pipeline."""
@@ -131,7 +136,7 @@ class PromptCache:
             changes = {count: copies} if count else {k: [arguments[k]] * copies for k in per_row}
             call = inspect.BoundArguments(signature, arguments | changes)
             # a copy, since a pipeline may write into what it got
-            return map_tree(lambda v: v.clone() if torch.is_tensor(v) else v, real(*call.args, **call.kwargs))
+            return clone_tree(real(*call.args, **call.kwargs))
 
         # where the rows lie can be seen only if there is a way to ask for two
         key = (
@@ -150,18 +155,13 @@ class PromptCache:
                     self._axes[structure] = _row_axes(result, encode(2)) if count or per_row else None
             finally:
                 self.encoding = False
-                self._outputs.clear()
+                self._encoders.clear()
             self._results[key] = tuple(arguments.values()), (result, self._axes[structure])
         return self._results[key][1]
 
     def encoder(self, name: str, real: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A text encoder's forward; the pass that finds the row axes reuses the output of the first."""
-        key = None if watched(real) else plain_key([("", name), *enumerate(args), *kwargs.items()], by_value=True)
-        if key is None:
-            return real(*args, **kwargs)
-        if key not in self._outputs:
-            self._outputs[key] = real(*args, **kwargs)
-        return self._outputs[key]
+        return self._encoders.call(name, real, args, kwargs, NullMeter())
 
 
 def watched(real: Callable) -> bool:
@@ -179,7 +179,7 @@ def plain_key(items: Iterable[tuple[Any, Any]], by_value: bool = False) -> tuple
 
     def one(value: Any) -> Any:
         nonlocal known
-        if isinstance(value, _PLAIN):
+        if isinstance(value, PLAIN):
             return type(value), value
         if isinstance(value, (list, tuple)):
             return tuple(map(one, value))

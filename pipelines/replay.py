@@ -36,8 +36,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from visearch.pipelines import components
 from visearch.pipelines.flow import Level, eta_step, noise_levels, predict, prediction_type, sde_step
-from visearch.pipelines.prompts import COUNTS, Memo, PromptCache, map_tree
+from visearch.pipelines.prompts import COUNTS, Memo, PromptCache, clone_tree
 from visearch.pipelines.stubs import Stubs, rows_of
 from visearch.protocols import EtaStep, Meter, NullMeter, RowState, Sde, Transition, stable_hash
 
@@ -141,11 +142,6 @@ def _ambient(state: Tensor) -> Tensor:
 
 
 # --- trees of tensors -------------------------------------------------------------------------------------------
-
-
-def _clone(value: Any) -> Any:
-    """A copy whose tensors and containers are its own; other leaves are shared."""
-    return map_tree(lambda v: v.clone() if torch.is_tensor(v) else v, value)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -322,16 +318,14 @@ class Replay:
 
     def __init__(self, pipe: Any, call: Mapping[str, Any], example: Mapping[str, Any]) -> None:
         self.pipe = pipe
-        # components leaves out those whose argument of __init__ has a default
-        named = {k: getattr(pipe, k, None) for k in pipe.config if not k.startswith("_")}
-        components = {**named, **pipe.components}
-        self.modules = {k: m for k, m in components.items() if isinstance(m, nn.Module)}
-        self.schedulers = [s for s in components.values() if hasattr(s, "step") and hasattr(s, "set_timesteps")]
+        parts = components(pipe)
+        self.modules = {k: m for k, m in parts.items() if isinstance(m, nn.Module)}
+        self.schedulers = [s for s in parts.values() if hasattr(s, "step") and hasattr(s, "set_timesteps")]
         if not self.schedulers:
             raise ValueError(
                 f"{type(pipe).__name__} has no scheduler with step and set_timesteps; it cannot be replayed"
             )
-        self.guiders = {k: c for k, c in components.items() if hasattr(c, "momentum_buffer")}
+        self.guiders = {k: c for k, c in parts.items() if hasattr(c, "momentum_buffer")}
         self.caching = any(getattr(m, "is_cache_enabled", False) for m in self.modules.values())
         if self.caching:
             warnings.warn(
@@ -466,9 +460,9 @@ class Replay:
 
     def _explore(self, call: dict[str, Any], example: dict[str, Any], start: Tensor) -> tuple[_Run, dict[str, Any]]:
         """The first dry run, and the arguments with which it works: without decoding where the pipeline allows."""
-        types_ = [{"output_type": "latent"}, {}] if "output_type" in self.parameters else [{}]
+        kinds = [{"output_type": "latent"}, {}] if "output_type" in self.parameters else [{}]
         failure: Exception | None = None
-        for output_type, observe in itertools.product(types_, (False, True)):
+        for output_type, observe in itertools.product(kinds, (False, True)):
             try:
                 run = self._dry({**call, **example, **output_type}, [start], observe=observe)
                 if not run.slots:
@@ -867,7 +861,9 @@ class _Run:
         if self.first is None:
             self.first = scheduler
         if slot not in self.fresh:
-            self.fresh[slot] = {k: _clone(v) for k, v in vars(scheduler).items() if k not in ("step", "set_timesteps")}
+            self.fresh[slot] = {
+                k: clone_tree(v) for k, v in vars(scheduler).items() if k not in ("step", "set_timesteps")
+            }
             self._learn(scheduler, bound.arguments["timestep"])
         self.slots.append(slot)
         self.loop_of.append(self.loops)

@@ -23,11 +23,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.utils import ModelOutput
 
-from visearch.pipelines.prompts import map_tree
+from visearch.pipelines.prompts import PLAIN, map_tree
 
 __all__ = ["Stubs", "rows_of"]
-
-_PLAIN = (bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 
 
 def rows_of(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, int]:
@@ -86,7 +84,7 @@ class Stubs:
             output = real(*args, **kwargs)
             spent = rows, time.perf_counter() - begin
         self._outputs[key] = rows, map_tree(_meta, output)
-        if not all(torch.is_tensor(v) or isinstance(v, _PLAIN) for _, v in _leaves(output)):
+        if not all(torch.is_tensor(v) or isinstance(v, PLAIN) for _, v in _leaves(output)):
             self.opaque.add(key)
         return spent
 
@@ -155,7 +153,7 @@ class Stubs:
 
     def cache_use(self, name: str, kwargs: Mapping[str, Any]) -> str | None:
         """Whether a call ``"fills"`` or ``"reads"`` a key/value cache that lives on between steps."""
-        held = [k for k, v in kwargs.items() if "cache" in k and v is not None and not isinstance(v, _PLAIN)]
+        held = [k for k, v in kwargs.items() if "cache" in k and v is not None and not isinstance(v, PLAIN)]
         if self.key(name, kwargs) in self.opaque or (held and "extract" in kwargs.values()):
             return "fills"
         return "reads" if held else None

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny import FAMILIES, OTHERS, PIPELINES, build, hunyuan_embeds
 
+from visearch.budget import Ledger
 from visearch.pipelines import flow
 from visearch.pipelines.diffusion import DiffusionSampler
 from visearch.protocols import EtaStep, Population, Request, Sampler, Sde
@@ -536,3 +537,38 @@ def test_resampling_inside_the_loop(name):
         sampler.advance(start(sampler, 3), last, resample={2: lambda rows: [0]})
     with pytest.raises(ValueError, match="resample names stages"):
         sampler.advance(start(sampler, 3), last, resample={last: keep})
+
+
+def test_only_a_refused_output_type_is_answered_by_another():
+    pipe = build("sd")
+    sampler = DiffusionSampler(pipe, CALL)
+    rows = sampler.advance(start(sampler, 1), 6)
+    expected, real, tries = sampler.decode(rows), pipe.image_processor.postprocess, []
+
+    def postprocess(image: torch.Tensor, output_type: str = "pil", **options: Any) -> Any:
+        tries.append(output_type)
+        if message or output_type == "pt":
+            raise ValueError(message or f"Only the output types `pil` and `np` are supported not {output_type=}")
+        return real(image, output_type=output_type, **options)
+
+    message = ""
+    pipe.image_processor.postprocess = postprocess
+    fresh, other = (DiffusionSampler(pipe, CALL) for _ in range(2))
+    fresh.request = other.request = sampler.request
+    tries.clear()
+    torch.testing.assert_close(fresh.decode(rows), expected)
+    assert tries == ["pt", "np"]
+    message = "planted: the output is too large"
+    tries.clear()
+    with pytest.raises(ValueError, match="planted"):
+        other.decode(rows)
+    assert tries == ["pt"]
+
+
+def test_model_calls_of_the_self_check_are_booked_apart():
+    sampler, ledger = DiffusionSampler(build("sd"), CALL), Ledger()
+    sampler.replay.spent.append((3, 0.5))
+    sampler.meter = ledger
+    assert (ledger.nfe, ledger.probes["nfe"], ledger.seconds["probe"]) == (0, 3, 0.5)
+    sampler.meter = other = Ledger()
+    assert not other.probes

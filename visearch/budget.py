@@ -122,7 +122,8 @@ class Ledger:
         rewards: samples scored, by reward.
         skipped: model rows that a step cache saved.
         retries: operations repeated after a failure or out of memory.
-        probes: what measuring the memory took, outside of all other counts: ``"nfe"``, ``"decodes"``, ``"rewards"``.
+        probes: what finding out shapes and memory took, outside of all other counts: ``"nfe"``, ``"decodes"``,
+            ``"rewards"``.
         seconds: by kind of work (``"probe"`` for the probes), plus ``"total"``.
     """
 
@@ -141,6 +142,10 @@ class Ledger:
         self._resident = _peak_resident()
 
     def forward(self, rows: int, seconds: float, kind: str = "denoiser", images: float = 0.0) -> None:
+        if kind == "probe":
+            self.probes["nfe"] += rows
+            self.seconds["probe"] += seconds
+            return
         self.nfe += rows
         self.forwards += 1
         self.images += images

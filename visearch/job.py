@@ -16,13 +16,14 @@ import torch
 from PIL.Image import Image
 from torch import nn
 
+from visearch.pipelines import components
 from visearch.protocols import NullMeter, Population, Request, Search
 from visearch.run import SearchResult
 
 if TYPE_CHECKING:
     from visearch.pipelines.diffusion import DiffusionSampler
 
-__all__ = ["Job", "Samplers", "components"]
+__all__ = ["Job", "Samplers"]
 
 _TEXT = re.compile(r"(negative_)?prompt(_\d+)?$")
 _EMBEDDING = re.compile(r"(negative_)?(pooled_)?prompt_\w*(embeds|mask)(_\w+)?$")
@@ -133,11 +134,6 @@ class Job:
     def output(self, result: SearchResult) -> Any:
         """The pipeline's own output for the winners, decoded by the pipeline itself."""
         return self.sampler.output(self.chosen(result), **self.overrides)
-
-
-def components(pipe: Any) -> dict[str, Any]:
-    """A pipeline's parts by name, also those which ``pipe.components`` leaves out since its constructor makes them."""
-    return {k: getattr(pipe, k, None) for k in pipe.config if not k.startswith("_")} | pipe.components
 
 
 class Samplers:

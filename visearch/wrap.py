@@ -17,8 +17,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from visearch.budget import Budget, Ledger, MeteredReward
-from visearch.job import Job, Samplers, components
+from visearch.job import Job, Samplers
 from visearch.memory import Plan, plan
+from visearch.pipelines import components
 from visearch.protocols import Reward, Search
 from visearch.rewards import RewardLike, resolve
 from visearch.run import Round, SearchResult, run_search
@@ -221,7 +222,7 @@ class _Session:
                 raise result.error
             output = job.output(result)
             check()
-            self._leave(getattr(job.sampler.replay, "left", {}))
+            self._leave(job.sampler.replay.left)
             self.result = result = replace(result, held_out=self._held_out(job, result))
         if isinstance(output, BaseOutput):
             output.search = result
@@ -243,7 +244,7 @@ class _Session:
     def _rounds(self, job: Job) -> Iterator[Round]:
         settings, prompts = self.settings, len(job.request.prompts)
         budget = settings.budget
-        rows = budget.max_nfe // prompts if budget is not None and budget.max_nfe is not None else None
+        rows = None if budget is None else budget.rows_a_prompt(job.sampler, prompts)
         total = prompts * job.search.plan(job.sampler, rows).nfe
         options = dict(getattr(self.pipe, "_progress_bar_config", {}))
         with tqdm(total=total, desc=type(job.search).__name__, unit="row", **options) as bar:
@@ -330,4 +331,4 @@ class BarLedger(Ledger):
 
     def forward(self, rows: int, seconds: float, kind: str = "denoiser", images: float = 0.0) -> None:
         super().forward(rows, seconds, kind, images)
-        self.bar.update(rows)
+        self.bar.update(0 if kind == "probe" else rows)

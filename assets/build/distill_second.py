@@ -29,9 +29,9 @@ from train_second import (
     evaluate,
     fit,
     load,
-    parse_deadline,
     predict,
 )
+from training import parse_deadline
 
 SEED, STUDENT_STEPS, TEACHER_STEPS = 4, 4, 16
 NAME, RATE, EMA = "second-4-steps", 0.2, 0.99

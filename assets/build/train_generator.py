@@ -12,7 +12,6 @@ resumes, and every ten minutes the averaged weights are saved to WORK/pipeline.
 
 import argparse
 import copy
-import datetime
 import json
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from train_vae import SCENES, VALIDATION
 from train_vae import SEED as SCENE_SEED
+from training import parse_deadline, save_checkpoint
 from transformers import GlmConfig, GlmModel, PreTrainedTokenizerFast
 
 from visearch.assets import scenes
@@ -291,8 +291,7 @@ def train(pipeline: CogView4Pipeline, work: Path, deadline: float) -> None:
                 "spent": spent,
                 "step": step,
             }
-            torch.save(state, saved.with_suffix(".tmp"))
-            saved.with_suffix(".tmp").replace(saved)
+            save_checkpoint(state, saved)
             last_saved = spent
         if spent - last_exported > 600 or finished:
             save_pipeline(averaged, work / "pipeline")
@@ -304,17 +303,13 @@ def train(pipeline: CogView4Pipeline, work: Path, deadline: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="the folder that train_vae.py wrote to")
-    parser.add_argument("--until", required=True, help="time of day to stop at, HH:MM")
+    parser.add_argument("--until", type=parse_deadline, required=True, help="time of day to stop at, HH:MM")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
-    now = datetime.datetime.now()
-    deadline = datetime.datetime.combine(now.date(), datetime.time.fromisoformat(args.until))
-    if deadline < now:
-        deadline += datetime.timedelta(days=1)
     pipeline = build_pipeline(AutoencoderKL.from_pretrained(args.work / "vae"))
-    train(pipeline, args.work, deadline.timestamp())
+    train(pipeline, args.work, args.until)
 
 
 if __name__ == "__main__":

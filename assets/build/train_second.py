@@ -12,7 +12,6 @@ from WORK/second.ckpt; WORK/second holds the averaged weights in the layout to s
 
 import argparse
 import copy
-import datetime
 import functools
 import json
 import math
@@ -45,6 +44,7 @@ from train_generator import (
 )
 from train_vae import SCENES, VALIDATION
 from train_vae import SEED as SCENE_SEED
+from training import parse_deadline, save_checkpoint
 from transformers import AutoTokenizer, GlmModel
 
 from visearch.assets import path, scenes
@@ -306,8 +306,7 @@ def fit(
                 "spent": spent,
                 "step": step,
             }
-            torch.save(state, saved.with_suffix(".tmp"))
-            saved.with_suffix(".tmp").replace(saved)
+            save_checkpoint(state, saved)
             last_saved = spent
         if time.process_time() - last_exported > EXPORT_EVERY or finished:
             export(average, work / name)
@@ -345,13 +344,6 @@ def train(work: Path, deadline: float, steps: int | None) -> None:
         return {"validation": round(held_out.item(), 5), **evaluate(average, 15, GUIDANCE)}
 
     fit("second", model, losses_of, measure, work, deadline, steps=steps)
-
-
-def parse_deadline(text: str) -> float:
-    """Seconds since the epoch of the next HH:MM."""
-    now = datetime.datetime.now()
-    deadline = datetime.datetime.combine(now.date(), datetime.time.fromisoformat(text))
-    return (deadline if deadline > now else deadline + datetime.timedelta(days=1)).timestamp()
 
 
 def load(folder: Path) -> PixArtTransformer2DModel:

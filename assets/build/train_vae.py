@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from scene_cache import SceneCache, load_or_compose
 from torch import Tensor, nn
+from training import save_checkpoint
 
 from visearch.assets import scenes
 
@@ -116,8 +117,7 @@ def train(vae: AutoencoderKL, cache: SceneCache, work: Path, seconds: float, dec
                 "spent": spent,
                 "step": step,
             }
-            torch.save(state, saved.with_suffix(".tmp"))
-            saved.with_suffix(".tmp").replace(saved)
+            save_checkpoint(state, saved)
             last_saved = spent
     print(f"{name}: {step} steps, {psnr(vae, held_out):.2f} dB on {VALIDATION} held-out scenes")
 
