@@ -62,9 +62,12 @@ def contact_sheet(
 ) -> Image.Image:
     """All images on one sheet, each with a caption of up to two lines; number ``marked`` is framed."""
     side, gap, head, foot = 256, 16, 56, 48
+    whole = gap + columns * (side + gap)
     columns = min(columns, len(images))
     lines = -(-len(images) // columns)
-    sheet = Image.new("RGB", (gap + columns * (side + gap), head + lines * (side + foot + gap)), PAPER)
+    # a few images must not cut the title short
+    width = max(gap + columns * (side + gap), min(whole, 2 * gap + round(_font(20).getlength(title)) + 1))
+    sheet = Image.new("RGB", (width, head + lines * (side + foot + gap)), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, gap), _shorten(draw, title, sheet.width - 2 * gap, _font(20)), INK, font=_font(20))
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
