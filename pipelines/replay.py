@@ -326,8 +326,7 @@ class Replay:
                 f"{type(pipe).__name__} has no scheduler with step and set_timesteps; it cannot be replayed"
             )
         self.guiders = {k: c for k, c in parts.items() if hasattr(c, "momentum_buffer")}
-        self.caching = any(getattr(m, "is_cache_enabled", False) for m in self.modules.values())
-        if self.caching:
+        if any(getattr(m, "is_cache_enabled", False) for m in self.modules.values()):
             warnings.warn(
                 "a step cache is enabled: it decides for all rows of a batch at once and starts cold when a row is "
                 "resumed, so results depend on the search's path; call disable_cache() for exact replay",
@@ -363,17 +362,16 @@ class Replay:
             yield
         finally:
             self._held -= 1
-            if not self._held:
+            if getattr(self.pipe, "_all_hooks", None) and not self._held:
                 self.pipe.maybe_free_model_hooks()
 
     def release(self) -> None:
         """After each call: forget what step caches hold of its rows, and let go of the device."""
-        if not self._held:
+        for module in self.modules.values():
+            if hasattr(module, "_reset_stateful_cache"):
+                module._reset_stateful_cache()
+        if getattr(self.pipe, "_all_hooks", None) and not self._held:
             self.pipe.maybe_free_model_hooks()
-        elif self.caching:
-            for module in self.modules.values():
-                if hasattr(module, "_reset_stateful_cache"):
-                    module._reset_stateful_cache()
 
     @property
     def together(self) -> bool:
