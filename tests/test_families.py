@@ -120,7 +120,10 @@ def test_any_rows_go_on_from_any_stage_unchanged(name):
                     pair = samples(live.select([index.index(index[i]), i]))["out.0.prev_sample"]
                     assert (pair[0] - pair[1]).abs().max() > 1e-3  # the copy draws from a stream of its own
             images, kept = sampler.decode(full), sampler.decode(live)
-            torch.testing.assert_close(kept[list(same)], images[[index[i] for i in same]], **CLOSE)
+            expected = images[[index[i] for i in same]]
+            # within [0, 1] the limit is absolute; Kandinsky's "pt" comes as the decoder gave it, here 36 wide
+            unit = max(1.0, float(images.std()))
+            torch.testing.assert_close(kept[list(same)] / unit, expected / unit, **CLOSE)
 
 
 def levels(pipe: Any, stages: int) -> list[tuple[float, float]]:
