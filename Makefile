@@ -5,11 +5,12 @@
 #   TORCH_INDEX  index to take torch from, to avoid the CUDA build, e.g. https://download.pytorch.org/whl/cpu
 #   EXTRAS       optional dependencies to install                        (test,judge)
 #   WHEEL        a built wheel to install and test instead of this tree  (none: editable install)
-#   PYTEST_ARGS  more arguments for pytest, e.g. "-m 'not slow'" or "-k geneval"
+#   PYTEST_ARGS  arguments for pytest (-m 'not slow'); empty runs everything, "-k geneval" a part
 
 VENV ?= .venv
 PYTHON ?= python3
 EXTRAS ?= test,judge
+PYTEST_ARGS ?= -m 'not slow'
 RUFF := ruff>=0.17,<0.18
 
 ROOT := $(CURDIR)

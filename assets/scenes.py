@@ -17,17 +17,15 @@ import numpy as np
 from PIL import Image
 
 from visearch.assets import path
+from visearch.assets.words import COLORS, RELATIONS, TAGS
 
 SIZE = 64
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLITS = ("train", "validation", "report")
 CLASSES = (
     "apple", "boat", "book", "bus", "car", "carrot", "cell phone", "chair", "clock", "computer keyboard", "cow",
     "giraffe", "handbag", "hot dog", "laptop", "orange", "pizza", "potted plant", "stop sign", "suitcase", "toilet",
     "toothbrush", "tv", "wine glass",
 )  # fmt: skip
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-RELATIONS = ("left of", "right of", "above", "below")
 STYLES = ("noto", "fluent")
 HELD_OUT_STYLE = "twemoji"
 

@@ -11,11 +11,14 @@ SAMPLERS = Registry(
     {
         "diffusion": "visearch.pipelines.diffusion:DiffusionSampler",
         "gaussian-toy": "visearch.pipelines.toy:GaussianToy",
+        "recorded": "visearch.pipelines.recorded:RecordedSampler",
         "token-toy": "visearch.pipelines.toy:TokenToy",
     },
 )
 
-MODELS = Registry("model", {"emoji-64": "visearch.pipelines.emoji:load"})
+MODELS = Registry(
+    "model", {"emoji-64": "visearch.pipelines.emoji:load", "emoji-64-v": "visearch.pipelines.emoji:load_v"}
+)
 
 
 def components(pipe: Any) -> dict[str, Any]:

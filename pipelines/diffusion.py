@@ -17,19 +17,20 @@ from diffusers.schedulers import LMSDiscreteScheduler, PNDMScheduler
 from torch import Tensor
 
 from visearch.pipelines import flow
+from visearch.pipelines.cache import HookCache, StepCache, computed, resolve
 from visearch.pipelines.flow import Level
+from visearch.pipelines.previews import PreviewDecoder
 from visearch.pipelines.prompts import COUNTS
 from visearch.pipelines.replay import Layout, NoBatch, Replay, Schedule, batch
 from visearch.protocols import (
-    EtaStep,
     Event,
     Meter,
     NullMeter,
     Ode,
     Population,
     Request,
+    RowsInPopulation,
     RowState,
-    Sde,
     Seed,
     Transition,
     stable_hash,
@@ -43,7 +44,7 @@ _STREAMS = ("rng_start", "ambient")
 _WHOLE = "out.0.sample"  # what a whole run gave, in place of what a step gave
 
 
-class DiffusionSampler:
+class DiffusionSampler(RowsInPopulation):
     """Drives an unmodified diffusers pipeline: stop, drop, copy, re-noise and resume candidates at any stage.
 
     One stage is one step of the scheduler; schedulers of order 2 (Heun, KDPM2) take two model calls for it. Stage 0
@@ -64,6 +65,7 @@ class DiffusionSampler:
         example: keyword arguments that stand for a prompt in the dry run which finds the number of stages and their
             cost; pass embeddings here if the pipeline has no text encoder.
         decode_batch: most rows to decode at once.
+        previews: how to decode previews; default by the pipeline's own decoder.
 
     Raises:
         ValueError: ``call`` holds a reserved argument, or the pipeline has no loop over ``scheduler.step``.
@@ -76,15 +78,18 @@ class DiffusionSampler:
         *,
         example: Mapping[str, Any] | None = None,
         decode_batch: int = 16,
+        previews: PreviewDecoder | None = None,
     ) -> None:
         self.call = dict(call or {})
         self.decode_batch = decode_batch
         self._meter: Meter = NullMeter()
         self.transition: Transition = Ode()
+        self.cache: StepCache | HookCache | None = None
         _refuse_reserved(self.call)
         self.shared = _Shared(Replay(pipe, self.call, {"prompt": "a photo", **(example or {})}))
         self.num_stages = self.schedule.stages
         self.milestones = tuple(range(self.schedule.preview_from, self.num_stages + 1))
+        self.previews = previews or PreviewDecoder(pipe)
 
     @property
     def strategy(self) -> str:
@@ -102,6 +107,15 @@ class DiffusionSampler:
         while self.replay.spent and not isinstance(meter, NullMeter):
             rows, seconds = self.replay.spent.pop()
             meter.forward(rows, seconds, "probe", 0.0)
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """What :attr:`previews` found out in this run, JSON-able; the driver keeps it and sets it anew."""
+        return self.previews.learned
+
+    @learned.setter
+    def learned(self, saved: Mapping[str, Any] | None) -> None:
+        self.previews.learned = saved
 
     @property
     def pipe(self) -> Any:
@@ -149,12 +163,29 @@ class DiffusionSampler:
         return math.inf if stage == self.num_stages else self._level(stage).log_snr
 
     def nfe(self, start: int, stop: int) -> int:
-        """Model rows per candidate from stage to stage: batched CFG counts two, as do two separate calls."""
-        return self.schedule.nfe(start, stop)
+        """Model rows per candidate from stage to stage: batched CFG counts two, as do two separate calls.
+
+        In a view whose cache decides as it goes (``StepCache(tau=...)``, diffusers' own), the most that it can be.
+        """
+        if self.cache is None or not self.exact_nfe:
+            return self.schedule.nfe(start, stop)
+        first, last = self.schedule.ends[start], self.schedule.ends[stop]
+        real = zip(self.schedule.models, self._computed(), strict=True)
+        return sum(call.rows for call, runs in real if runs and first <= call.clock < last)
 
     def cost(self, start: int, stop: int) -> float:
         """Image-equivalents: share of the model rows of one plain call."""
-        return self.nfe(start, stop) / self.nfe(0, self.num_stages)
+        return self.nfe(start, stop) / self.schedule.nfe(0, self.num_stages)
+
+    @property
+    def exact_nfe(self) -> bool:
+        """Whether :meth:`nfe` says what a row costs; else it is the most that a view's cache may leave to run."""
+        return self.cache is None or self.cache.fixed
+
+    def _computed(self, start: int = 0) -> list[bool]:
+        """Which model calls of a row that begins at a stage the step cache leaves to run."""
+        skipped = self.cache.stages(self.num_stages)
+        return computed(self.schedule.models, self.schedule.ends, skipped, start)
 
     def _level(self, stage: int, slot: int = 0) -> Level:
         level = self.schedule.level(self.schedule.ends[stage], slot)
@@ -187,16 +218,17 @@ class DiffusionSampler:
             for seed in seeds
         ]
         prompts = [seed.prompt for seed in seeds]
+        texts = [self._text_of(seed.prompt, seed.candidate) for seed in seeds]
         noise: list[Tensor | None] = [None] * len(seeds)
         rng = list(rng_start)
         tensors = {"rng_start": torch.stack(rng_start), "ambient": torch.stack(ambient)}
         fields: dict[str, Any] = {"clock": 0}
         given = [self._given_latents(seed.prompt, seed.candidate) for seed in seeds]
-        keys = [(p, own is None) for p, own in zip(prompts, given, strict=True)]
+        keys = [(text, own is None) for text, own in zip(texts, given, strict=True)]
         for rows in _groups(keys if self.replay.together else range(len(prompts))):
             if self.strategy == "whole":
                 break
-            run = self._run(prompts, rows, tensors, [given[r] for r in rows], device=device, stop=0)
+            run = self._run(texts, rows, tensors, [given[r] for r in rows], device=device, stop=0)
             for i, row in enumerate(rows):
                 rng[row] = run.rng[i]
                 noise[row] = None if run.drawn is None else run.drawn[i]
@@ -242,6 +274,11 @@ class DiffusionSampler:
             return population
         if not population.stage < to <= self.num_stages:
             raise ValueError(f"cannot advance from stage {population.stage} to {to}; stages end at {self.num_stages}")
+        if isinstance(self.cache, HookCache) and (population.stage, to) != (0, self.num_stages):
+            raise ValueError(
+                f"{self.cache} keeps its state in the model: rows run from stage 0 to {self.num_stages} without a "
+                f"stop, not from {population.stage} to {to}; use StepCache to stop on the way"
+            )
         if self.strategy == "whole":
             return self._run_whole(population)
         if resample:
@@ -250,10 +287,9 @@ class DiffusionSampler:
             with self.resident():
                 return self._advance(population, to)
         except NoBatch as error:
-            request, prompt = self._under_way(), int(population.prompt[0])
-            example = {
-                k: v[prompt] for k, v in {"prompt": request.prompts, **request.per_prompt}.items() if k != "latents"
-            }
+            request, (prompt, candidate) = self._under_way(), self._row_texts(population)[0]
+            example = {k: v[prompt] for k, v in request.per_prompt.items() if k != "latents"}
+            example["prompt"] = request.text(prompt, candidate)
             self.replay.refuse_batch(error, {**request.call, **self.call}, example)
             return self.advance(population, to)
 
@@ -273,11 +309,9 @@ class DiffusionSampler:
 
         clocks = {self.schedule.ends[stage]: stage for stage in resample}
         one_step = len(set(self.schedule.slots)) == 1
-        prompts = {
-            (self.batch_key(p), own is None)
-            for p, own in zip(population.prompt.tolist(), self._latents(population), strict=True)
-        }
-        if not (one_step and self.replay.together and len(prompts) == 1):
+        texts, given = self._row_texts(population), self._latents(population)
+        prompts = {(self.batch_key(*text), own is None) for text, own in zip(texts, given, strict=True)}
+        if not (one_step and self._together and len(prompts) == 1):
             for stage in sorted(resample):
                 population = chosen(self.advance(population, stage), stage)
             return self.advance(population, to)
@@ -295,13 +329,13 @@ class DiffusionSampler:
         return replace(now, stage=end.stage, state=end.state, rng=end.rng)
 
     def _advance(self, population: Population, to: int, **options: Any) -> Population:
-        prompts, old = population.prompt.tolist(), population.state
+        texts, old = self._row_texts(population), population.state
         states, streams, order = [], list(population.rng), []
         given = self._latents(population)
-        keys = [(self.batch_key(p), own is None) for p, own in zip(prompts, given, strict=True)]
-        for rows in _groups(keys if self.replay.together else range(len(prompts))):
+        keys = [(self.batch_key(*text), own is None) for text, own in zip(texts, given, strict=True)]
+        for rows in _groups(keys if self._together else range(len(texts))):
             run = self._run(
-                prompts,
+                texts,
                 rows,
                 old.tensors,
                 [given[r] for r in rows],
@@ -310,6 +344,7 @@ class DiffusionSampler:
                 state=old if len(rows) == len(population) else old.select(torch.tensor(rows)),
                 stop=self.schedule.ends[to],
                 transition=self.transition,
+                cache=self.cache,
                 **options,
             )
             state = run.captured
@@ -326,6 +361,8 @@ class DiffusionSampler:
 
     def predict_x0(self, population: Population) -> Population:
         """The clean estimates as a population at the last stage; free, since the last model call gave them.
+
+        :meth:`decode` may show them by a cheaper decoder than results, the same for all of these rows.
 
         Raises:
             ValueError: at stage 0, or where the scheduler's noise levels are unknown.
@@ -349,8 +386,22 @@ class DiffusionSampler:
             names = [n for n in tensors if n.startswith(f"out.{slot}.") and tensors[n].shape == x0.shape]
             tensors |= dict.fromkeys(names, x0)
         fields = {k: v for k, v in old.fields.items() if k != "schedulers"}
-        state = _state(old, tensors, {**fields, "clock": self.schedule.calls})
+        decoder = self.previews.choose()
+        fields |= {"clock": self.schedule.calls} | ({} if decoder == "full" else {"decoder": decoder})
+        state = _state(old, tensors, fields)
         return replace(population, stage=self.num_stages, state=state)
+
+    def check_moves(self, stage: int) -> None:
+        """Raise what re-noising to ``stage``, or perturbing there, would raise whatever the rows.
+
+        Raises:
+            ValueError: a pipeline that runs whole or in several loops; a scheduler of unknown levels, or that cannot
+                begin in the middle.
+        """
+        self._refuse_moves()
+        if stage > 0:
+            self._refuse_history()
+            self._level(stage)
 
     def renoise(self, population: Population, to_stage: int, seeds: Sequence[int]) -> Population:
         """Back to an earlier stage at exactly its noise level; multistep history starts afresh.
@@ -367,6 +418,7 @@ class DiffusionSampler:
         self._refuse_moves()
         if not 0 <= to_stage < population.stage:
             raise ValueError(f"cannot re-noise from stage {population.stage} to {to_stage}; give an earlier stage")
+        self._refuse_cold(to_stage)
         streams, old = self._streams(population, seeds), population.state
         clock = self.schedule.ends[to_stage]
 
@@ -420,8 +472,9 @@ class DiffusionSampler:
         self._refuse_moves()
         if population.stage == self.num_stages:
             raise ValueError("rows at the last stage have no noise to perturb; re-noise them to an earlier stage")
+        self._refuse_cold(population.stage)
         streams, old = self._streams(population, seeds), population.state
-        tensors = {k: v for k, v in old.tensors.items() if not k.startswith("scheduler.")}
+        tensors = {k: v for k, v in old.tensors.items() if not k.startswith(("scheduler.", "cache."))}
         if population.stage == 0:
             if "noise" not in tensors:
                 raise ValueError("the initial noise of this pipeline is not known; perturb at stage 1 or later")
@@ -442,25 +495,49 @@ class DiffusionSampler:
             state = self._restarted(old, tensors, old.fields["clock"])
         return self._moved(population, "perturb", population.stage, state, streams, seeds, strength)
 
-    def select(self, population: Population, index: Sequence[int]) -> Population:
-        """Gather rows, repeats allowed; see :meth:`Population.select`."""
-        return population.select(index)
+    def noise(self, population: Population) -> Tensor:
+        """(B, ...) float32, as the pipeline draws it before any scaling or packing.
 
-    def concat(self, populations: Sequence[Population]) -> Population:
-        """Join populations of one stage."""
-        return Population.concat(populations)
+        Raises:
+            ValueError: not at stage 0; a pipeline that runs whole, or in several loops; noise that is not known.
+        """
+        self._refuse_moves()
+        if population.stage != 0:
+            raise ValueError(f"rows are at stage {population.stage}; their initial noise is known at stage 0 only")
+        noise = population.state.tensors.get("noise")
+        if noise is None or noise.isnan().any():
+            raise ValueError("the initial noise of this pipeline is not known, or latents= are in another layout")
+        return noise.float()
+
+    def set_noise(self, population: Population, noise: Tensor, seeds: Sequence[int]) -> Population:
+        """The same rows beginning from ``noise``, (B, ...) of the shape that :meth:`noise` gives.
+
+        Raises:
+            ValueError: as :meth:`noise`, or another shape.
+        """
+        now = self.noise(population)
+        if noise.shape != now.shape:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, the rows' own {tuple(now.shape)}")
+        kept = population.state.tensors["noise"]
+        return population.begun_from(noise, seeds, population.state.update(noise=noise.to(kept)))
 
     # --- results ---
 
     def decode(self, population: Population) -> Tensor:
         """Images (B, 3, H, W) or videos (B, F, 3, H, W) of rows at the last stage, float in [0, 1].
 
-        The pipeline's own decoding, by replay of a loop in which nothing runs. What is not an image comes as the
-        pipeline gives it: audio (B, channels, samples), embeddings (B, D).
+        The pipeline's own decoding, by replay of a loop in which nothing runs; of previews, as :attr:`previews` says.
+        What is not an image comes as the pipeline gives it: audio (B, channels, samples), embeddings (B, D).
         """
         if self.strategy == "whole" and _WHOLE in population.state.tensors:
             return population.state.tensors[_WHOLE]
-        return torch.cat([_pixels(_first(o)) for o in self._in_pixels(lambda kind: self._outputs(population, kind))])
+        decoder = population.state.fields.get("decoder", "full")
+        if self.previews.unproved(decoder):
+            first = population.select([0])
+            self._in_pixels(lambda kind: self._outputs(first, kind, decoder="compare"))
+        decoder = self.previews.settled(decoder)
+        outputs = self._in_pixels(lambda kind: self._outputs(population, kind, decoder=decoder))
+        return torch.cat([_pixels(_first(o)) for o in outputs])
 
     def _in_pixels(self, run: Callable[[dict[str, Any]], Any]) -> Any:
         """Run with the first output type that the pipeline takes; some know arrays or images only."""
@@ -495,7 +572,9 @@ class DiffusionSampler:
         overrides = {k: v for k, v in overrides.items() if k in self._parameters}
         return _merge(self._outputs(population, overrides, callbacks=True))
 
-    def _outputs(self, population: Population, overrides: Mapping[str, Any], callbacks: bool = False) -> list[Any]:
+    def _outputs(
+        self, population: Population, overrides: Mapping[str, Any], callbacks: bool = False, decoder: str = "full"
+    ) -> list[Any]:
         if population.stage != self.num_stages:
             raise ValueError(
                 f"rows are at stage {population.stage}, only stage {self.num_stages} can be decoded; "
@@ -510,7 +589,7 @@ class DiffusionSampler:
         runs = _consecutive([(None if text_only else p, own is None) for p, own in zip(prompts, given, strict=True)])
         most = self.decode_batch if self.replay.together else 1
         with self.resident():
-            return self._decoded(population, runs, most, given, overrides, callbacks)
+            return self._decoded(population, runs, most, given, overrides, callbacks, decoder)
 
     def _decoded(
         self,
@@ -520,16 +599,17 @@ class DiffusionSampler:
         given: list[Tensor | None],
         overrides: Mapping[str, Any],
         callbacks: bool,
+        decoder: str,
     ) -> list[Any]:
-        prompts, old, outputs = population.prompt.tolist(), population.state, []
+        texts, old, outputs = self._row_texts(population), population.state, []
         for rows in runs:
             parts = [rows[start : start + most] for start in range(0, len(rows), most)]
             while parts:
-                part = parts.pop(0)
+                part, seen = parts.pop(0), []
                 begin = time.perf_counter()
                 try:
                     run = self._run(
-                        [prompts[part[0]]] * len(prompts),
+                        [texts[part[0]]] * len(texts),
                         part,
                         old.tensors,
                         [given[r] for r in part],
@@ -538,6 +618,7 @@ class DiffusionSampler:
                         state=old.select(torch.tensor(part)),
                         callbacks=callbacks,
                         overrides=overrides,
+                        decode=self.previews.decode(decoder, seen),
                     )
                 except RuntimeError as error:
                     # what follows the loop may know one row only; out of memory is for the caller to split
@@ -545,7 +626,12 @@ class DiffusionSampler:
                         raise
                     parts = [[row] for row in part] + parts
                     continue
-                self.meter.decode(len(part), time.perf_counter() - begin)
+                seconds = time.perf_counter() - begin
+                if decoder in ("full", "compare"):
+                    self.meter.decode(len(part), seconds)
+                else:
+                    self.meter.preview(len(part), seconds, decoder)
+                self.previews.learn(seen)
                 outputs.append(run.output)
         return outputs
 
@@ -566,7 +652,7 @@ class DiffusionSampler:
 
     def _whole(self, population: Population, row: int, overrides: Mapping[str, Any], callbacks: bool) -> Any:
         return self._run(
-            population.prompt.tolist(),
+            self._row_texts(population),
             [row],
             population.state.tensors,
             [self._latents(population)[row]],
@@ -577,18 +663,33 @@ class DiffusionSampler:
         )
 
     def view(
-        self, transition: Transition | None = None, cache: Any | None = None, guidance: Any | None = None
+        self,
+        transition: Transition | None = None,
+        cache: Any | None = None,
+        guidance: Any | None = None,
+        previews: PreviewDecoder | None = None,
     ) -> DiffusionSampler:
-        """The same sampler with another transition: ``Ode`` (the scheduler's own step), ``Sde`` or ``EtaStep``.
+        """The same sampler with another transition than ``Ode``, the scheduler's own step, a step cache, or previews.
+
+        Args:
+            transition: ``Ode``, ``Sde``, ``EtaStep`` or ``FullRenoise``.
+            cache: what :func:`visearch.pipelines.cache.resolve` takes: ``"auto"``, a
+                :class:`~visearch.pipelines.cache.StepCache`, its fields, or a cache config of diffusers.
+            previews: how to decode previews.
 
         Raises:
-            ValueError: a cache or guidance view; a stochastic step on a scheduler of order 2 or of unknown levels.
+            ValueError: a guidance view; a stochastic step on a scheduler of order 2 or of unknown levels; a cache on a
+                pipeline that runs whole or keeps caches of its own, or that its denoiser does not take.
         """
-        if cache is not None or guidance is not None:
-            raise ValueError("DiffusionSampler has views of transition only; leave cache and guidance out")
+        if guidance is not None:
+            raise ValueError("DiffusionSampler has views of transition and cache; leave guidance out")
         made = copy.copy(self)
+        if previews is not None:
+            made.previews = previews
+        if cache is not None:
+            made._use(resolve(cache, self.num_stages))
         if transition is not None:
-            if isinstance(transition, (Sde, EtaStep)):
+            if not isinstance(transition, Ode):
                 if self.schedule.order != 1:
                     raise ValueError(f"{type(transition).__name__} needs a scheduler of order 1, this one has order 2")
                 self._level(0)
@@ -597,11 +698,47 @@ class DiffusionSampler:
             made.transition = transition
         return made
 
+    def _use(self, cache: StepCache | HookCache) -> None:
+        """Take a step cache, or say why not."""
+        if self.strategy == "whole" or self.schedule.live or self.replay.stubs.opaque:
+            raise ValueError(
+                f"{type(self.pipe).__name__} runs whole only, or its models keep caches of their own between steps; it "
+                "has no step cache: leave cache out"
+            )
+        self.cache = cache
+        if isinstance(cache, HookCache):
+            cache.check(self.replay.denoisers)
+            self.milestones = (self.num_stages,)
+            return
+        cache.stages(self.num_stages)
+        unknown = {call.name for call in self.schedule.models if call.rows > 1} - set(self.replay.rows_first)
+        if unknown and self.replay.together:
+            raise ValueError(
+                f"{type(self.pipe).__name__} gives {', '.join(sorted(unknown))} batches whose rows cannot be told "
+                "apart; it has no step cache: leave cache out"
+            )
+
+    @property
+    def _together(self) -> bool:
+        return self.replay.together and (self.cache is None or self.cache.batched)
+
+    def _refuse_cold(self, stage: int) -> None:
+        """Rows that move have no outputs left: refuse stages after which the cache would find nothing to repeat."""
+        if isinstance(self.cache, StepCache) and self.cache.fixed:
+            later = [call.clock >= self.schedule.ends[stage] for call in self.schedule.models]
+            pairs = zip(self._computed(), self._computed(stage), later, strict=True)
+            if any(planned != runs for planned, runs, counts in pairs if counts):
+                raise ValueError(
+                    f"rows that move to stage {stage} have no outputs that its step cache could repeat; move them to a "
+                    f"stage that is computed (skipped: {sorted(self.cache.stages(self.num_stages))}), or use the view "
+                    "without cache"
+                )
+
     # --- one call of the pipeline ---
 
     def _run(
         self,
-        prompts: Sequence[int],
+        texts: Sequence[tuple[int, int]],
         rows: Sequence[int],
         streams: Mapping[str, Tensor],
         given: Sequence[Tensor | None],
@@ -611,17 +748,17 @@ class DiffusionSampler:
         """Call the pipeline with exactly these rows."""
         request = self._under_way()
         call = {**request.call, **self.call, **(overrides or {})}
-        own = [prompts[r] for r in rows]
-        texts = {"prompt": request.prompts, **request.per_prompt}
-        texts = {k: v for k, v in texts.items() if k in self._parameters and k != "latents"}
+        own = [texts[r] for r in rows]
+        entries = {"prompt": [request.text(*text) for text in own]}
+        entries |= {k: [v[p] for p, _ in own] for k, v in request.per_prompt.items() if k != "latents"}
+        entries = {k: v for k, v in entries.items() if k in self._parameters and any(e is not None for e in v)}
         if given[0] is not None:
             call["latents"] = torch.cat(list(given))
-        texts = {k: v for k, v in texts.items() if any(v[p] is not None for p in own)}
         number = self.replay.number
         if len(set(own)) == 1 and (number or len(rows) == 1):
-            call |= {k: v[own[0]] for k, v in texts.items()} | ({number: len(rows)} if number else {})
+            call |= {k: v[0] for k, v in entries.items()} | ({number: len(rows)} if number else {})
         else:
-            call |= {k: batch([v[p] for p in own]) for k, v in texts.items()}
+            call |= {k: batch(v) for k, v in entries.items()}
         starts, ambient = [streams["rng_start"][r] for r in rows], streams["ambient"][rows[0]]
         run = self.replay.run(call, starts, ambient=ambient, meter=self.meter, **options)
         if len(set(own)) == 1:
@@ -638,7 +775,7 @@ class DiffusionSampler:
         """Per row, the user's own latents, unless the row has moved to other noise since."""
         rows = zip(population.prompt.tolist(), population.candidate, population.lineage, strict=True)
         moved = [
-            any((e.op == "perturb" and e.stage == 0) or (e.op == "renoise" and e.value == 0) for e in events)
+            any((e.op in ("perturb", "noise") and e.stage == 0) or (e.op == "renoise" and e.value == 0) for e in events)
             for _, _, events in rows
         ]
         pairs = zip(population.prompt.tolist(), population.candidate, moved, strict=True)
@@ -649,13 +786,21 @@ class DiffusionSampler:
             raise ValueError("no request is under way; call init, or set request before resuming a loaded population")
         return self.request
 
-    def batch_key(self, prompt: int) -> Any:
-        """Prompts with equal keys can share a batch."""
-        request = self._under_way()
+    def _text_of(self, prompt: int, candidate: int) -> tuple[int, int]:
+        """Rows with the same are generated from the same text."""
+        return (prompt, 0 if self._under_way().rewrite is None else candidate)
+
+    def _row_texts(self, population: Population) -> list[tuple[int, int]]:
+        pairs = zip(population.prompt.tolist(), population.candidate, strict=True)
+        return [self._text_of(p, k) for p, k in pairs]
+
+    def batch_key(self, prompt: int, candidate: int = 0) -> Any:
+        """Candidates with equal keys can share a batch."""
+        request, text = self._under_way(), self._text_of(prompt, candidate)
         texts = all(isinstance(v, (str, type(None))) for values in request.per_prompt.values() for v in values)
-        encoded = self.shared.encoded.get(prompt)
+        encoded = self.shared.encoded.get(text)
         alone = not texts or not encoded or request.prompts[prompt] is None
-        return prompt if alone else repr(encoded)
+        return text if alone else repr(encoded)
 
     # --- moves ---
 
@@ -718,7 +863,7 @@ class _Shared:
         self.request: Request | None = None
         self.used = False
         self.device: torch.device | None = None
-        self.encoded: dict[int, list] = {}  # prompt -> description of what encode_prompt gave
+        self.encoded: dict[tuple[int, int], list] = {}  # text -> description of what encode_prompt gave
         self.pixels: dict[str, Any] | None = None  # arguments with which the pipeline gives tensors, once found
 
     def noise_scale(self, like: Tensor) -> float:

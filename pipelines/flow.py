@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Level", "eta_step", "noise_levels", "perturb", "predict", "renoise", "sde_step"]
+from visearch.protocols import EtaStep, Ode, Sde, Transition
+
+__all__ = ["Level", "eta_step", "noise_levels", "perturb", "predict", "renoise", "sde_step", "transit"]
 
 
 class Level(NamedTuple):
@@ -153,6 +155,19 @@ def sde_step(x: Tensor, x0: Tensor, noise: Tensor, t: Level, s: Level, a: float)
     drift = eps - x0 + g * g / (2 * now) * eps
     moved = x / (t.alpha + t.sigma) + drift * (after - now) + g * math.sqrt(now - after) * noise
     return moved * (s.alpha + s.sigma)
+
+
+def transit(kind: Transition, x: Tensor, x0: Tensor, noise: Tensor, t: Level, s: Level, stage: int) -> Tensor:
+    """One step of the transition ``kind`` from level t to level s; arguments as in :func:`eta_step`.
+
+    Args:
+        stage: where the step begins; 0 is the first call.
+    """
+    if isinstance(kind, Sde):
+        return sde_step(x, x0, noise, t, s, kind.a)
+    if isinstance(kind, (Ode, EtaStep)):
+        return eta_step(x, x0, noise, t, s, kind.at(stage) if isinstance(kind, EtaStep) else 0.0)
+    return s.alpha * x0 + s.sigma * noise
 
 
 def renoise(x: Tensor, noise: Tensor, s: Level, t: Level) -> Tensor:

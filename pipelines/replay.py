@@ -37,10 +37,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from visearch.pipelines import components
-from visearch.pipelines.flow import Level, eta_step, noise_levels, predict, prediction_type, sde_step
+from visearch.pipelines.cache import HookCache, ModelCall, Reuse, StepCache
+from visearch.pipelines.flow import Level, noise_levels, predict, prediction_type, transit
+from visearch.pipelines.previews import Decode
 from visearch.pipelines.prompts import COUNTS, Memo, PromptCache, clone_tree
 from visearch.pipelines.stubs import Stubs, rows_of
-from visearch.protocols import EtaStep, Meter, NullMeter, RowState, Sde, Transition, stable_hash
+from visearch.protocols import Meter, NullMeter, Ode, RowState, Transition, stable_hash
 
 __all__ = ["Layout", "NoBatch", "Replay", "Schedule"]
 
@@ -248,6 +250,7 @@ class Schedule:
         first_index: per slot, the ``_step_index`` at its first call, or ``None`` where the scheduler has none.
         order: of the first scheduler.
         live: clocks whose model call has to run for real whenever rows are resumed later: it fills a key/value cache.
+        models: the model calls of one candidate within the loop, in order.
     """
 
     slots: tuple[int, ...]
@@ -257,6 +260,7 @@ class Schedule:
     first_index: tuple[int | None, ...]
     order: int
     live: tuple[int, ...] = ()
+    models: tuple[ModelCall, ...] = ()
 
     @property
     def calls(self) -> int:
@@ -340,6 +344,8 @@ class Replay:
         self.shapes: dict[tuple[int, str], torch.Size] = {}  # of what steps gave for one row
         self.schedule: Schedule | None = None
         self.number: str | None = None
+        self.inputs: dict[str, Tensor] = {}  # model -> what its first call took for one row
+        self.rows_first: dict[str, bool] = {}  # model -> whether a row's entries are neighbours in its batch
         self.spent: list[tuple[int, float]] = []
         self.left: dict[str, Any] = {}
         self._held = 0
@@ -372,6 +378,11 @@ class Replay:
                 module._reset_stateful_cache()
         if getattr(self.pipe, "_all_hooks", None) and not self._held:
             self.pipe.maybe_free_model_hooks()
+
+    @property
+    def denoisers(self) -> dict[str, nn.Module]:
+        """The models that run in the loop."""
+        return {name: self.modules[name] for name in dict.fromkeys(call.name for call in self.schedule.models)}
 
     @property
     def together(self) -> bool:
@@ -515,19 +526,29 @@ def _schedule(run: _Run) -> Schedule:
     order = getattr(run.first, "order", 1)
     passes = _passes(run.slots)
     ends = passes[order - 1 :: order]
+    # a model that runs after one loop and before the next sets its timesteps belongs to neither
+    models = tuple(
+        ModelCall(clock, name, rows)
+        for clock, loops, rows, name in run.seen
+        if clock < len(run.slots) and loops == run.loop_of[clock]
+    )
     return Schedule(
         slots=tuple(run.slots),
         ends=(0, *ends) if ends and ends[-1] == passes[-1] else (0, *ends, passes[-1]),
-        # a model that runs after one loop and before the next sets its timesteps belongs to neither
-        model_rows=tuple(
-            sum(rows for at, loops, rows in run.seen if at == clock and loops == run.loop_of[clock])
-            for clock in range(len(run.slots))
-        ),
+        model_rows=tuple(sum(call.rows for call in models if call.clock == c) for c in range(len(run.slots))),
         levels=tuple(run.levels),
         first_index=tuple(run.first_index),
         order=order,
         live=tuple(sorted(run.live)),
+        models=models,
     )
+
+
+def _stacked(batch: Any) -> Tensor | None:
+    """A model's batch as one tensor, where its rows have one shape."""
+    if torch.is_tensor(batch):
+        return batch
+    return torch.stack(list(batch)) if len({v.shape for v in batch}) == 1 else None
 
 
 def _passes(slots: Sequence[int]) -> list[int]:
@@ -553,7 +574,8 @@ class _Run:
         device: of the random streams.
         state: what :meth:`capture` recorded at the resume point, or ``None`` to run from the beginning.
         stop: clock at which to leave, 0 for right before the loop, or ``None`` to finish and return an output.
-        transition: stochastic step to take instead of the scheduler's own.
+        transition: the step to take; the scheduler's own by default.
+        cache: step cache that answers some model calls.
         meter: told about real model calls and encodes.
         callbacks: whether the user's step callback hears of live steps.
         plain: let everything run for real and only count: a whole run.
@@ -562,6 +584,7 @@ class _Run:
         learn: in a dry run of several rows, find where steps keep rows; whether a row's entries are neighbours.
         marks: clocks at which to record what :meth:`capture` gives, in ``marked``, and to go on.
         events: clock -> function of what :meth:`capture` gives and the streams; the loop goes on with what it returns.
+        decode: answers calls of the components' ``decode`` after the loop.
     """
 
     def __init__(
@@ -575,6 +598,7 @@ class _Run:
         state: RowState | None = None,
         stop: int | None = None,
         transition: Transition | None = None,
+        cache: StepCache | HookCache | None = None,
         meter: Meter | None = None,
         callbacks: bool = True,
         plain: bool = False,
@@ -583,11 +607,12 @@ class _Run:
         learn: bool | None = None,
         marks: Sequence[int] = (),
         events: Mapping[int, Callable[[RowState, list[Tensor]], tuple[RowState, Sequence[Tensor]]]] | None = None,
+        decode: Decode | None = None,
     ) -> None:
         self.replay, self.rng_start, self.rng, self.state, self.stop = replay, rng_start, rng, state, stop
-        self.transition, self.callbacks, self.plain = transition, callbacks, plain
+        self.transition, self.cache, self.callbacks, self.plain = transition or Ode(), cache, callbacks, plain
         self.dry, self.observe, self.learn, self.marks = dry, observe, learn, marks
-        self.events = events or {}
+        self.events, self.decode = events or {}, decode
         self.meter = NullMeter() if meter is None else meter
         self.rows = len(rng_start)
         self.seeded = "generator" in replay.parameters
@@ -612,11 +637,15 @@ class _Run:
         self.last: dict[int, tuple[dict[str, Tensor], Tensor | None]] = {}  # slot -> outputs and x0 of its last call
         self.loops = 0  # calls of set_timesteps
         self.loop_of: list[int] = []  # the same at each step
-        self.seen: list[tuple[int, int, int]] = []  # of each model call of a dry run: clock, loops, rows
+        self.seen: list[tuple[int, int, int, str]] = []  # of each model call of a dry run: clock, loops, rows, model
+        self.reuse: Reuse | None = None
+        if isinstance(cache, StepCache):
+            self.reuse = Reuse(cache, replay.schedule.ends, self.rows, replay.rows_first)
         self.live: set[int] = set()  # clocks at which a model fills a cache
         self.reading: set[int] = set()  # clocks at which a model is given a cache
         self.attributes: dict[str, Any] = {} if state is None else dict(state.fields.get("attributes", {}))
-        self.spent = 0  # model rows of a plain run
+        self.spent = 0  # model rows that ran
+        self.shares = 0.0  # of model rows, that a cache of diffusers left to compute
         self.marked: dict[int, tuple[RowState, list[Tensor]]] = {}
         self.ended: dict[int, list[Tensor]] = {}  # slot -> streams when its loop ended
         self.levels: list[list[Level] | None] = []
@@ -640,6 +669,8 @@ class _Run:
             stack.callback(self.replay.release)
             # offload hooks are renewed by that call, also inside the pipeline's own code
             stack.enter_context(_unchanged(pipe, but=("_all_hooks", "_offload")))
+            if isinstance(self.cache, HookCache):
+                stack.enter_context(self.cache.enabled(self.replay.denoisers))
             for changing in (*self.replay.schedulers, *self.replay.guiders.values()):
                 stack.enter_context(_unchanged(changing))
             for shadow in self._shadows():
@@ -669,6 +700,8 @@ class _Run:
             made.append(_Shadow(module, "forward", functools.partial(self._forward, name)))
             if hasattr(module, "encode") and hasattr(module, "decode"):
                 made.append(_Shadow(module, "encode", functools.partial(self._once, name)))
+                if self.decode is not None:
+                    made.append(_Shadow(module, "decode", functools.partial(self._decode, name)))
         return made
 
     def _guard_callback(self, call: dict[str, Any]) -> None:
@@ -774,6 +807,11 @@ class _Run:
             return real(*args, **kwargs)
         return self.replay.memo.call((name, shadow.name), real, args, kwargs, self.meter)
 
+    def _decode(self, name: str, shadow: _Shadow, *args: Any, **kwargs: Any) -> Any:
+        real = shadow.__wrapped__
+        over = self.clock >= self.replay.schedule.calls
+        return self.decode(name, real, args, kwargs) if self.active and over else real(*args, **kwargs)
+
     def _forward(self, name: str, shadow: _Shadow, *args: Any, **kwargs: Any) -> Any:
         real, replay = shadow.__wrapped__, self.replay
         if not self.active:
@@ -794,22 +832,38 @@ class _Run:
         filling = schedule is not None and self.clock in schedule.live and self.begin < schedule.calls
         if self.clock < self.begin and not filling:
             return replay.stubs.zeros(name, shadow.owner, batch, rows, kwargs)
-        begin = time.perf_counter()
+        key, skipped, listed = "", False, not torch.is_tensor(batch)
+        if self.reuse is not None:
+            key, skipped = self.reuse.begin(name, self.clock, batch, rows)
+        if skipped:
+            self.meter.skipped(rows)
+            return self.reuse.recall(key, name, replay.stubs.zeros(name, shadow.owner, batch, rows, kwargs), listed)
+        begin, part = time.perf_counter(), 1.0
         try:
-            output = real(*args, **kwargs)
+            if isinstance(self.cache, HookCache):
+                output, part = self.cache.run(name, rows, real, args, kwargs)
+            else:
+                output = real(*args, **kwargs)
         except Exception as error:
             if self.rows > 1 and not replay.proved and not isinstance(error, torch.OutOfMemoryError):
                 raise NoBatch(f"{type(error).__name__}: {error}") from error
             raise
+        seconds = time.perf_counter() - begin
+        if self.reuse is not None:
+            self.reuse.keep(key, name, output, listed)
         replay.proved = replay.proved or self.rows > 1
-        self.spent += rows
-        share = rows / sum(schedule.model_rows) if schedule is not None else 0.0
-        self.meter.forward(rows, time.perf_counter() - begin, "denoiser", share)
+        self.shares += part * rows
+        ran = round(self.shares) - self.spent  # of calls that ran in part, whole rows as they add up
+        self.spent += ran
+        if ran < rows:
+            self.meter.skipped(rows - ran)
+        share = part * rows / sum(schedule.model_rows) if schedule is not None else 0.0
+        self.meter.forward(ran, seconds, "denoiser", share)
         return output
 
     def _stand_in(self, name: str, shadow: _Shadow, batch: Any, rows: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         stubs, clock = self.replay.stubs, self.clock
-        self.seen.append((clock, self.loops, rows))
+        self.seen.append((clock, self.loops, rows, name))
         if self.observe:
             spent = stubs.observe(name, shadow.__wrapped__, args, kwargs, rows)
             if spent is not None:
@@ -821,9 +875,21 @@ class _Run:
             return stubs.zeros(name, shadow.owner, batch, rows, kwargs)
         if self.replay.schedule is None:
             stubs.measure(name, args, kwargs)
+            self.replay.inputs.setdefault(name, _stacked(batch))
         elif self.learn is not None:
             stubs.compare(name, args, kwargs, self.rows)
+            self._compare_entries(name, _stacked(batch))
         return stubs.mixed(name, shadow.owner, batch, rows, args, kwargs)
+
+    def _compare_entries(self, name: str, together: Tensor | None) -> None:
+        """Find where a batch of two rows keeps the entries of the second, which is the row that ran alone."""
+        alone = self.replay.inputs.get(name)
+        first = sum(seen == name for *_, seen in self.seen) == 1
+        if not first or alone is None or together is None or len(together) != 2 * len(alone):
+            return
+        for rows_first, entries in ((True, together[len(alone) :]), (False, together[1::2])):
+            if torch.equal(entries, alone):
+                self.replay.rows_first[name] = rows_first
 
     # --- schedulers ---
 
@@ -921,8 +987,9 @@ class _Run:
         x0 = values.get("pred_original_sample") if isinstance(result, Mapping) else None
         if x0 is None and levels is not None and torch.is_tensor(output) and output.shape == sample.shape:
             x0 = predict(prediction_type(scheduler), output.float(), sample.float(), levels[call]).to(sample.dtype)
-        if isinstance(self.transition, (Sde, EtaStep)):
-            values["prev_sample"] = self._transit(sample, x0, levels[call], levels[call + 1]).to(values["prev_sample"])
+        if not isinstance(self.transition, Ode):
+            moved = self._transit(sample, x0, levels[call], levels[call + 1], call)
+            values["prev_sample"] = moved.to(values["prev_sample"])
         self._locate(slot, values)
         self.last[slot], self.sample = (values, x0), sample
         return values
@@ -944,14 +1011,11 @@ class _Run:
         known = self.replay.layouts.get((slot, name))
         return Layout(0, value.shape[0] // self.rows) if known is None else known
 
-    def _transit(self, sample: Tensor, x0: Tensor, now: Level, after: Level) -> Tensor:
-        x, clean = sample.float(), x0.float()
-        if after.sigma == 0:
-            return eta_step(x, clean, torch.zeros_like(x), now, after, eta=0.0)
-        noise = randn_tensor(x.shape, generator=self.generators, device=x.device, dtype=x.dtype)
-        if isinstance(self.transition, Sde):
-            return sde_step(x, clean, noise, now, after, self.transition.a)
-        return eta_step(x, clean, noise, now, after, self.transition.eta)
+    def _transit(self, sample: Tensor, x0: Tensor, now: Level, after: Level, stage: int) -> Tensor:
+        x, noise = sample.float(), torch.zeros(())  # a step that ends clean draws none
+        if after.sigma > 0:
+            noise = randn_tensor(x.shape, generator=self.generators, device=x.device, dtype=x.dtype)
+        return transit(self.transition, x, x0.float(), noise, now, after, stage)
 
     def _recorded(self, slot: int) -> dict[str, Any]:
         kept = self.state.fields["outputs"][str(slot)]
@@ -985,6 +1049,8 @@ class _Run:
             if guider.momentum_buffer is not None:
                 average = self.state.tensors.get(f"guider.{name}")
                 guider.momentum_buffer.running_average = 0 if average is None else average.clone()
+        if self.reuse is not None:
+            self.reuse.load(self.state)
         if self.rng is not None:
             self._set_streams()
 
@@ -1040,6 +1106,8 @@ class _Run:
             schedulers[str(slot)] = {"layout": list(layout), "fields": packed}
         if not over:
             fields["schedulers"] = schedulers
+            if self.reuse is not None:
+                tensors |= self.reuse.tensors
             for name, guider in self.replay.guiders.items():
                 average = getattr(guider.momentum_buffer, "running_average", None)
                 if torch.is_tensor(average):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visearch.pipelines.flow import Level, transit
 from visearch.protocols import (
     EtaStep,
     Event,
@@ -25,6 +26,7 @@ from visearch.protocols import (
     Ode,
     Population,
     Request,
+    RowsInPopulation,
     RowState,
     Seed,
     Transition,
@@ -34,18 +36,20 @@ from visearch.protocols import (
 __all__ = ["GaussianToy", "TokenToy"]
 
 
-class _Toy:
+class _Toy(RowsInPopulation):
     """What both toys share: rows, streams, and the events that re-key them."""
 
     num_stages: int
     milestones: tuple[int, ...]
     device = torch.device("cpu")
 
+    skipped: frozenset[int] = frozenset()  # stages whose model calls a step cache answers
+
     def __init__(self) -> None:
         self.meter = NullMeter()
 
     def nfe(self, start: int, stop: int) -> int:
-        return 2 * (stop - start)
+        return 2 * sum(stage not in self.skipped for stage in range(start, stop))
 
     def init(self, request: Request, seeds: Sequence[Seed]) -> Population:
         generators = [request.generator(s) for s in seeds]
@@ -67,14 +71,19 @@ class _Toy:
             state = self._step(state, stage, generators)
             for _branch in range(2):
                 rows, share = len(population), self.cost(stage, stage + 1) / 2
+                if stage in self.skipped:
+                    self.meter.skipped(rows)
+                    continue
                 self.meter.forward(rows, (time.perf_counter() - begin) / 2, images=rows * share)
         return replace(population, stage=to, state=state, rng=tuple(g.get_state() for g in generators))
 
-    def select(self, population: Population, index: Sequence[int]) -> Population:
-        return population.select(index)
+    def check_moves(self, stage: int) -> None:
+        """Rows can move to any stage."""
 
-    def concat(self, populations: Sequence[Population]) -> Population:
-        return Population.concat(populations)
+    def noise(self, population: Population) -> Tensor:
+        if population.stage != 0:
+            raise ValueError(f"rows are at stage {population.stage}; their initial noise is known at stage 0 only")
+        return self._noise_of(population)
 
     def decode(self, population: Population) -> Tensor:
         """(B, 3, 4, 4) in [0, 1]."""
@@ -117,7 +126,7 @@ class GaussianToy(_Toy):
     Args:
         steps: T.
         scale: standard deviation of the data; 0 is a single point.
-        transition: ODE by default, or :class:`EtaStep`.
+        transition: ODE by default.
     """
 
     dims = 48
@@ -138,7 +147,7 @@ class GaussianToy(_Toy):
         return math.inf if t == 0 else -math.inf if t == 1 else 2 * math.log((1 - t) / t)
 
     def cost(self, start: int, stop: int) -> float:
-        return (stop - start) / self.num_stages
+        return self.nfe(start, stop) / (2 * self.num_stages)
 
     def sample(self, prompt: str, generator: torch.Generator) -> Tensor:
         """(D,) the unsearched ODE result, one plain loop: equal to ``mu + scale * noise`` up to rounding."""
@@ -173,11 +182,22 @@ class GaussianToy(_Toy):
         state = moved.state.update(x=(1 - t) * x0 + t * eps)
         return replace(moved, state=state, rng=tuple(g.get_state() for g in generators))
 
+    def set_noise(self, population: Population, noise: Tensor, seeds: Sequence[int]) -> Population:
+        return population.begun_from(noise, seeds, population.state.update(x=noise.to(torch.float64)))
+
     def view(self, transition: Transition | None = None, cache: Any = None, guidance: Any = None) -> GaussianToy:
-        if cache is not None or guidance is not None or not isinstance(transition, (Ode, EtaStep, type(None))):
-            raise ValueError("the Gaussian toy has the views transition=Ode() and transition=EtaStep(eta) only")
+        """Other steps, or a fixed :class:`~visearch.pipelines.cache.StepCache`: skipped stages repeat the last x0."""
+        if guidance is not None:
+            raise ValueError("the Gaussian toy has the views transition= and cache= only")
         other = copy.copy(self)
         other.transition = transition or self.transition
+        if cache is not None:
+            from visearch.pipelines.cache import StepCache, resolve
+
+            cache = resolve(cache, self.num_stages)
+            if not isinstance(cache, StepCache) or cache.tau:
+                raise ValueError(f"the Gaussian toy has step caches with a fixed pattern only, not {cache!r}")
+            other.skipped = cache.stages(self.num_stages)
         return other
 
     def _target(self, prompt: str) -> Tensor:
@@ -187,6 +207,9 @@ class GaussianToy(_Toy):
     def _start(self, targets: Tensor, generators: list[torch.Generator]) -> RowState:
         x = self._noise(generators)
         return RowState({"x": x, "x0": targets.clone(), "target": targets}, {"x": 0, "x0": 0, "target": 0})
+
+    def _noise_of(self, population: Population) -> Tensor:
+        return population.state.tensors["x"]
 
     def _noise(self, generators: list[torch.Generator]) -> Tensor:
         return torch.stack([torch.randn(self.dims, generator=g, dtype=torch.float64) for g in generators])
@@ -203,14 +226,18 @@ class GaussianToy(_Toy):
         x, target = state.tensors["x"], state.tensors["target"]
         t, s = self.time(stage), self.time(stage + 1)
         x0, eps = self._posterior(x, target, t)
-        eta = self.transition.eta if isinstance(self.transition, EtaStep) else 0.0
-        if eta == 0:
+        if stage in self.skipped:
+            x0 = state.tensors["x0"]
+            eps = (x - (1 - t) * x0) / t
+        kind = self.transition
+        straight = isinstance(kind, Ode) or (isinstance(kind, EtaStep) and kind.at(stage) == 0)
+        if straight and stage in self.skipped:
+            return state.update(x=(1 - s) * x0 + s * eps)
+        if straight:
             spread = [math.sqrt((1 - u) ** 2 * self.scale**2 + u**2) for u in (s, t)]
             moved = (1 - s) * target + spread[0] / spread[1] * (x - (1 - t) * target)
             return state.update(x=moved, x0=x0)
-        ratio = (1 - t) * s / ((1 - s) * t)
-        k = eta * s * math.sqrt(1 - ratio**2)
-        moved = (1 - s) * x0 + math.sqrt(s**2 - k**2) * eps + k * self._noise(generators)
+        moved = transit(kind, x, x0, self._noise(generators), Level(1 - t, t), Level(1 - s, s), stage)
         return state.update(x=moved, x0=x0)
 
     def _pixels(self, state: RowState) -> Tensor:
@@ -230,6 +257,7 @@ class TokenToy(_Toy):
     """
 
     vocabulary, mask, per_commit = 16, -1, 4
+    stochastic = True
 
     def __init__(self, chunks: int = 3, per_chunk: int = 4) -> None:
         super().__init__()
@@ -257,7 +285,7 @@ class TokenToy(_Toy):
             cache = torch.zeros(self.vocabulary, dtype=torch.float64)
             for token in tokens:
                 cache = 0.5 * cache + self._table[token]
-            gumbel = self._gumbel(generator)
+            gumbel = self._gumbel(self._normal(generator))
             tokens += (target + cache + gumbel).argmax(-1).tolist()
         return torch.tensor(tokens)
 
@@ -273,7 +301,7 @@ class TokenToy(_Toy):
         moved, generators = self._back(population, to_stage, seeds)
         tokens = moved.state.tensors["tokens"].clone()
         tokens[:, to_stage * self.per_commit :] = self.mask
-        state = moved.state.update(tokens=tokens, cache=self._rebuild(tokens))
+        state = moved.state.update(tokens=tokens, cache=self._rebuild(tokens), field=self._unset(moved, to_stage))
         return replace(moved, stage=to_stage, state=state, rng=tuple(g.get_state() for g in generators))
 
     def perturb(self, population: Population, strength: float, seeds: Sequence[int]) -> Population:
@@ -285,8 +313,22 @@ class TokenToy(_Toy):
         for row, generator in enumerate(generators):
             places = torch.randperm(committed, generator=generator)[: round(strength * committed)]
             tokens[row, places] = torch.randint(self.vocabulary, (len(places),), generator=generator)
-        state = moved.state.update(tokens=tokens, cache=self._rebuild(tokens))
+        field = self._unset(moved, moved.stage)
+        state = moved.state.update(tokens=tokens, cache=self._rebuild(tokens), field=field)
         return replace(moved, state=state, rng=tuple(g.get_state() for g in generators))
+
+    def set_noise(self, population: Population, noise: Tensor, seeds: Sequence[int]) -> Population:
+        return population.begun_from(noise, seeds, population.state.update(field=noise.to(torch.float64)))
+
+    def select(self, population: Population, index: Sequence[int]) -> Population:
+        """Copies draw what is to come from their own streams, also where the noise was set."""
+        picked, rows = population.select(index), [int(i) for i in index]
+        copies = [place for place, row in enumerate(rows) if row in rows[:place]]
+        if not copies:
+            return picked
+        field = picked.state.tensors["field"].clone()
+        field[copies, picked.stage :] = math.nan
+        return replace(picked, state=picked.state.update(field=field))
 
     def view(self, transition: Transition | None = None, cache: Any = None, guidance: Any = None) -> TokenToy:
         if any(v is not None for v in (transition, cache, guidance)):
@@ -302,16 +344,33 @@ class TokenToy(_Toy):
         tokens = torch.full((rows, length), self.mask)
         cache = torch.zeros(rows, self.vocabulary, dtype=torch.float64)
         guess = targets.argmax(-1, keepdim=True)
-        tensors = {"tokens": tokens, "cache": cache, "target": targets, "x0": guess, "table": self._table}
-        return RowState(tensors, {"tokens": 0, "cache": 0, "target": 0, "x0": 0, "table": None})
+        field = torch.full((rows, self.num_stages, self.per_commit, self.vocabulary), math.nan, dtype=torch.float64)
+        tensors = {"tokens": tokens, "cache": cache, "target": targets, "x0": guess, "field": field}
+        return RowState({**tensors, "table": self._table}, {**dict.fromkeys(tensors, 0), "table": None})
 
-    def _gumbel(self, generator: torch.Generator) -> Tensor:
-        uniform = torch.rand(self.per_commit, self.vocabulary, generator=generator, dtype=torch.float64)
+    def _noise_of(self, population: Population) -> Tensor:
+        """Where it was not set, what the rows' streams will give."""
+        field = population.state.tensors["field"]
+        drawn = [torch.stack([self._normal(g) for _ in range(self.num_stages)]) for g in population.generators()]
+        return torch.where(field.isnan(), torch.stack(drawn), field)
+
+    def _unset(self, population: Population, stage: int) -> Tensor:
+        """The field, from ``stage`` on to be drawn."""
+        field = population.state.tensors["field"].clone()
+        field[:, stage:] = math.nan
+        return field
+
+    def _normal(self, generator: torch.Generator) -> Tensor:
+        return torch.randn(self.per_commit, self.vocabulary, generator=generator, dtype=torch.float64)
+
+    def _gumbel(self, normal: Tensor) -> Tensor:
+        uniform = torch.special.ndtr(normal)
         return -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12)))
 
     def _step(self, state: RowState, stage: int, generators: list[torch.Generator]) -> RowState:
         logits = state.tensors["target"] + state.tensors["cache"]
-        gumbel = torch.stack([self._gumbel(g) for g in generators])
+        own, given = torch.stack([self._normal(g) for g in generators]), state.tensors["field"][:, stage]
+        gumbel = self._gumbel(torch.where(given.isnan(), own, given))
         drawn = (logits[:, None, :] + gumbel).argmax(-1)
         tokens = state.tensors["tokens"].clone()
         tokens[:, stage * self.per_commit : (stage + 1) * self.per_commit] = drawn

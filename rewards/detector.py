@@ -158,7 +158,7 @@ class Judge:
         self.revision = hashlib.sha256(self.weights.read_bytes()).hexdigest()
         self.class_names: tuple[str, ...] = tuple(self.config["class_names"])
         self.color_names: tuple[str, ...] = tuple(self.config["color_names"])
-        self.source = str(folder)
+        self.source = f"visearch.assets, emoji-64/{folder.name}"
         card = folder / "card.json"
         self.error: dict[str, dict[str, float]] = json.loads(card.read_text())["error"] if card.exists() else {}
 

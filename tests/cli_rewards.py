@@ -11,6 +11,10 @@ def brightness(device="cpu") -> FunctionReward:
     return FunctionReward(lambda images, prompts: [sum(i.convert("L").tobytes()) / 255 for i in images], "brightness")
 
 
+def darkness(device="cpu") -> FunctionReward:
+    return FunctionReward(lambda images, prompts: [-sum(i.convert("L").tobytes()) / 255 for i in images], "darkness")
+
+
 def nan(device="cpu") -> FunctionReward:
     return FunctionReward(lambda images, prompts: [float("nan")] * len(images), "nan")
 

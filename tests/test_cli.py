@@ -16,7 +16,7 @@ from visearch.cli import main
 from visearch.protocols import Population
 from visearch.rewards import REWARDS
 
-for name in ("brightness", "nan", "raising", "short", "interrupting"):
+for name in ("brightness", "darkness", "nan", "raising", "short", "interrupting"):
     REWARDS.add(name, f"cli_rewards:{name}")
 
 
@@ -53,7 +53,8 @@ def test_a_run_leaves_winner_baseline_sheet_and_result(run):
     assert [c["score"] for c in result["ranking"]] == sorted((c["score"] for c in result["ranking"]), reverse=True)
     assert result["winner"] == result["ranking"][0] and result["baseline"]["candidate"] == 0
     assert result["baseline"]["seed"] == 3 and result["ledger"]["nfe"] == 5 * 2 * 2
-    assert result["search"] == {"name": "best-of-n", "n": 5, "batch": 8} and result["stopped"] == "done"
+    assert result["search"] == {"name": "best-of-n", "text": "best-of-n(n=5)", "n": 5, "batch": 8}
+    assert result["stopped"] == "done"
     assert {"torch", "diffusers", "visearch", "python"} <= set(result["versions"])
     assert Image.open(folder / "winner.png").size == (32, 32)
     assert Image.open(folder / "contact-sheet.png").width > 4 * 256
@@ -72,13 +73,38 @@ def test_the_commands_in_the_result_give_the_same_pixels_again(run, tmp_path):
         assert largest_difference(folder / picture, again / picture) <= 1
 
 
+def test_a_budget_in_images(run):
+    status, _, _, folder = run("--n", "5", "--max-images", "2")
+    result = json.loads((folder / "result.json").read_text())
+    assert status == 0 and result["ledger"]["images"] == 2 and result["search"]["n"] == 2
+    assert "--max-images 2" in result["command"] and "--max-images" not in result["winner_command"]
+
+
+def test_a_search_can_be_given_as_text(run, capsys):
+    text = "refine(first=halving(n=4, calls=(1,), keep=(2,)), then=zero-order(n=2, k=2))"
+    status, _, _, folder = run("--search", text, "--steps", "4")
+    result = json.loads((folder / "result.json").read_text())
+    assert status == 0 and result["search"]["name"] == "refine"
+    assert result["search"]["first"]["n"] == 4 and result["search"]["then"]["k"] == 2
+    assert len(result["ranking"]) == 4 and len(result["pruned"]) == 2
+    assert any(c["id"].count("noise@0") for c in result["ranking"])
+    for bad, message in (
+        ("halving(m=3)", "no field 'm'"),
+        ("halvign", "did you mean"),
+        ("halving(n=", "cannot be read"),
+    ):
+        assert main(["run", "a cat", "--search", bad]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_halving_leaves_its_schedule_and_what_it_dropped(run, tmp_path):
     words = ("--search", "halving", "--n", "6", "--set", "preset=psp", "--steps", "4")
     status, out, err, folder = run(*words)
     result = json.loads((folder / "result.json").read_text())
     assert status == 0 and "2 of 6 candidates finished, 26 model rows" in out and "26/26" in err
-    schedule = {"name": "halving", "n": 6, "preset": "psp", "calls": [1, 2], "keep": [3, 2], "check_cost": None}
-    assert result["search"] == schedule and result["price_of_a_check"] > 0
+    schedule = {"name": "halving", "n": 6, "preset": "psp", "calls": [1, 2], "keep": [3, 2]}
+    schedule["text"] = "halving(n=6, preset='psp', calls=(1, 2), keep=(3, 2))"
+    assert result["search"] == {**schedule, "check_cost": None, "rule": None} and result["price_of_a_check"] > 0
     assert [c["stage"] for c in result["pruned"]] == [1, 1, 1, 2] and len(result["ranking"]) == 2
     everyone = [c["candidate"] for c in (*result["pruned"], *result["ranking"])]
     assert sorted(everyone) == list(range(6)) and all(c["seed"] for c in result["pruned"] if c["candidate"])
@@ -90,10 +116,30 @@ def test_halving_leaves_its_schedule_and_what_it_dropped(run, tmp_path):
 
 
 def test_held_out_rewards_score_both_pictures(run):
-    status, out, _, folder = run("--n", "2", "--held-out", "brightness", reward="brightness")
+    status, out, err, folder = run("--n", "3", "--held-out", "darkness", reward="brightness")
     result = json.loads((folder / "result.json").read_text())
-    assert status == 0 and "brightness (held out)" in out
-    assert result["winner"]["held_out"]["brightness"] == pytest.approx(result["winner"]["score"])
+    assert status == 0 and "| darkness | held out |" in out
+    for picture in ("winner", "baseline"):
+        assert result[picture]["held_out"]["darkness"] == pytest.approx(-result[picture]["score"])
+    assert result["winner"]["id"] != "0"
+    told = "possible reward hacking: brightness rises while darkness falls"
+    assert told in err and result["warnings"][0].startswith(told)
+
+
+def test_a_held_out_reward_that_guides_is_refused(run):
+    status, _, err, _ = run("--held-out", "brightness", reward="brightness")
+    assert status == 2 and "brightness is given twice; a judge is held out only if it does not guide" in err
+
+
+def test_a_sum_of_rewards_guides_and_a_second_reward_is_refused(run, capsys):
+    status, out, _, folder = run("--n", "2", reward="brightness + 0.25 * darkness")
+    result = json.loads((folder / "result.json").read_text())
+    assert status == 0 and "brightness + 0.25*darkness: " in out
+    assert result["winner"]["components"].keys() == {"brightness", "darkness"}
+    assert result["ledger"]["rewards"]["darkness"] == 2
+    with pytest.raises(SystemExit):
+        run("--reward", "darkness")
+    assert "--reward is given twice; join them in one text" in capsys.readouterr().err
 
 
 def test_budgets(run):
@@ -109,7 +155,7 @@ def test_budgets(run):
 @pytest.mark.parametrize(
     ("words", "options", "message"),
     [
-        (("--n", "0"), {}, "n=0 must be at least 1"),
+        (("--n", "0"), {}, "n=0 must be"),
         (("--search", "best-of-k"), {}, "unknown search 'best-of-k'; did you mean 'best-of-n'?"),
         ((), {"reward": "brightnes"}, "unknown reward 'brightnes'; did you mean 'brightness'?"),
         ((), {"prompt": "   "}, "is empty"),
@@ -135,7 +181,7 @@ def test_bad_input_is_one_clear_line_before_any_compute(run, words, options, mes
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("emoji-46", "unknown model 'emoji-46'; did you mean 'emoji-64'?"), ("nobody/nothing", "could not be loaded")],
+    [("emoji-46", "unknown model 'emoji-46'; did you mean 'emoji-64'"), ("nobody/nothing", "could not be loaded")],
 )
 def test_unknown_models(model, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -15,7 +15,7 @@ from tiny import FAMILIES, OTHERS, PIPELINES, build, hunyuan_embeds
 from visearch.budget import Ledger
 from visearch.pipelines import flow
 from visearch.pipelines.diffusion import DiffusionSampler
-from visearch.protocols import EtaStep, Population, Request, Sampler, Sde
+from visearch.protocols import EtaStep, Population, Request, Sampler, Sde, transition
 
 CALL = {"height": 32, "width": 32, "num_inference_steps": 6}
 PROMPT, OTHER = "a photo of two cows", "a red car"
@@ -327,7 +327,7 @@ def test_previews_and_finished_rows_share_a_population():
 def test_full_eta_is_the_schedulers_own_ddim_noise():
     pipe = build("sd")
     expected = plain(pipe, eta=1.0)
-    sampler = DiffusionSampler(pipe, CALL).view(EtaStep(1.0))
+    sampler = DiffusionSampler(pipe, CALL).view(transition("ddpm"))
     torch.testing.assert_close(finish(sampler, start(sampler, 1), 1, 4), expected, **CLOSE)
 
 
@@ -335,16 +335,16 @@ def test_full_eta_is_the_schedulers_own_ddim_noise():
 def test_zero_noise_transitions_are_the_ode(name):
     sampler = DiffusionSampler(build(name), CALL)
     expected = finish(sampler, start(sampler, 2))
-    for transition in (EtaStep(0.0), Sde(0.0)):
-        view = sampler.view(transition)
+    for step in (EtaStep(0.0), Sde(0.0)):
+        view = sampler.view(step)
         torch.testing.assert_close(finish(view, start(view, 2), 2), expected, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("transition", [Sde(), EtaStep()], ids=["sde", "eta"])
+@pytest.mark.parametrize("kind", ["sde", "eta", "ddpm", "renoise"])
 @pytest.mark.parametrize("name", ALL)
-def test_stochastic_rows_are_their_own(name, transition):
+def test_stochastic_rows_are_their_own(name, kind):
     sampler = DiffusionSampler(build(name), CALL)
-    view = sampler.view(transition)
+    view = sampler.view(transition(kind))
     ode, full = finish(sampler, start(sampler, 3)), finish(view, start(view, 3))
     assert (full - ode).abs().amax((1, 2, 3)).min() > 1e-3
     live = view.advance(start(view, 3), 2).select([2, 0])
@@ -485,8 +485,10 @@ def test_errors_say_what_to_do():
         sampler.renoise(rows, 1, [1])
     with pytest.raises(ValueError, match="last stage"):
         sampler.perturb(sampler.advance(rows, 7), 0.5, [1])
-    with pytest.raises(ValueError, match="transition only"):
+    with pytest.raises(ValueError, match="is no step cache; give 'auto'"):
         sampler.view(cache="first-block")
+    with pytest.raises(ValueError, match="leave guidance out"):
+        sampler.view(guidance=1.0)
     with pytest.raises(ValueError, match="at least one seed"):
         sampler.init(request(), [])
     unknown = DiffusionSampler(build("sd", SCHEDULERS["ipndm"]()), CALL)

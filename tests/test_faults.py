@@ -12,6 +12,7 @@ from visearch.budget import Budget, Ledger, MeteredReward, MeteredSampler, Rewar
 from visearch.pipelines.toy import GaussianToy
 from visearch.protocols import Registry, Request, Scores
 from visearch.rewards import resolve
+from visearch.rewards.combine import WeightedSum
 from visearch.run import run_search
 from visearch.search import SEARCHES
 from visearch.search.best_of_n import BestOfN
@@ -249,3 +250,30 @@ def test_the_callers_grad_mode_is_left_alone_between_rounds():
     next(rounds)
     assert torch.is_grad_enabled()
     rounds.close()
+
+
+def test_a_checkpoint_of_another_call_is_refused(tmp_path):
+    """Guidance is no part of the prompt, but rows of two guidance scales do not belong together."""
+
+    def first_round(scale: float):
+        request = Request(("a cow",), seed=1, call={"guidance_scale": scale})
+        return next(run_search(GaussianToy(), PixelReward(), BestOfN(n=4, batch=1), request, checkpoint=tmp_path))
+
+    first_round(3.0)
+    with pytest.raises(ValueError, match="of another run"):
+        first_round(5.0)
+
+
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_a_checkpoint_of_a_reward_of_other_weights_is_refused(tmp_path, ensemble):
+    def first_round(weights: str):
+        reward, blind = PixelReward(), PixelReward()
+        reward.config_hash, blind.name = weights, "blind"
+        guide = WeightedSum([reward, blind]) if ensemble else reward  # of which one member has no hash
+        return next(
+            run_search(GaussianToy(), guide, BestOfN(n=4, batch=1), Request(("a cow",), seed=1), checkpoint=tmp_path)
+        )
+
+    assert first_round("1").index == 1 and first_round("1").index == 2
+    with pytest.raises(ValueError, match="of another run"):
+        first_round("2")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from contract.cases import PixelReward
+from contract.cases import FakeClock, PixelReward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -370,13 +370,11 @@ class Clocked(GaussianToy):
 
     def __init__(self, monkeypatch, pace=1.0, steps=20) -> None:
         super().__init__(steps)
-        self.now, self.pace, self.batches = 0.0, pace, []
-        for module in ("visearch.run.time", "visearch.budget.time"):
-            monkeypatch.setattr(f"{module}.perf_counter", lambda: self.now)
+        self.clock, self.pace, self.batches = FakeClock(monkeypatch), pace, []
 
     def advance(self, rows, to):
         self.batches.append((len(rows), rows.stage, to))
-        self.now += self.pace * len(rows) * self.cost(rows.stage, to)
+        self.clock.now += self.pace * len(rows) * self.cost(rows.stage, to)
         return super().advance(rows, to)
 
 
@@ -392,15 +390,15 @@ def test_under_a_deadline_the_first_candidate_tells_the_pace(monkeypatch):
 def test_a_deadline_shrinks_the_plan_and_always_leaves_a_winner(monkeypatch, seconds, preset):
     sampler = Clocked(monkeypatch)
     result = finish(SuccessiveHalving(n=64, preset=preset, check_cost=0.0), sampler, budget=Budget(max_seconds=seconds))
-    assert sampler.now <= max(seconds, 1.0) + 1e-9 and len(result.finished) >= 1
-    assert result.stopped == ("deadline" if sampler.now < 20 else "done")
+    assert sampler.clock.now <= max(seconds, 1.0) + 1e-9 and len(result.finished) >= 1
+    assert result.stopped == ("deadline" if sampler.clock.now < 20 else "done")
 
 
 def test_at_the_deadline_the_best_preview_is_finished_alone(monkeypatch):
     sampler = Clocked(monkeypatch)
     steps = run_search(sampler, PixelReward(), AUTO, Request(("a",)), Budget(max_seconds=100))
     next(steps), next(steps)
-    sampler.now = 1000.0
+    sampler.clock.now = 1000.0
     *_, last = steps
     assert last.result.stopped == "deadline" and sampler.batches[-1] == (1, 8, 20)
     scores = {c["candidate"]: c["score"] for c in last.result.pruned if c["stage"] == 8}
@@ -415,6 +413,10 @@ def test_auto_drops_checks_that_cost_more_than_they_save():
     sampler = GaussianToy(steps=20)  # 40 rows a candidate; the checks of 16 save 8 x 24 and 4 x 12 rows
     plans = {y: SuccessiveHalving(n=16, check_cost=y).plan(sampler).search.calls for y in (0, 5.9, 6, 11.9, 12)}
     assert plans == {0: (8, 14), 5.9: (8, 14), 6: (8,), 11.9: (8,), 12: ()}
+    steep = SuccessiveHalving(n=16, preset="steep")  # of 16, 7 and 3, its checks save 9 x 24, 4 x 16 and 2 x 8 rows
+    plans = {y: replace(steep, check_cost=y).plan(sampler).search.calls for y in (0, 5.3, 5.4, 9.1, 9.2, 13.5)}
+    assert plans == {0: (8, 12, 16), 5.3: (8, 12, 16), 5.4: (8, 12), 9.1: (8, 12), 9.2: (8,), 13.5: ()}
+    assert steep.plan(sampler).search.keep == (7, 3, 1)
     assert SuccessiveHalving(n=16, preset="psp", check_cost=1000).plan(sampler).search.calls == (5, 10)
 
 
@@ -469,3 +471,14 @@ def test_expected_best_breaks_ties_like_a_search():
 def test_expected_best_refuses(n, values, message):
     with pytest.raises(ValueError, match=message):
         expected_best([1.0, 2.0, 3.0], n, values)
+
+
+@pytest.mark.parametrize("price", [0.0, 1.2, 3.0])
+@pytest.mark.parametrize("cap", range(8, 80, 4))
+def test_a_check_that_is_widened_until_it_drops_nobody_frees_its_budget(cap, price):
+    """Four stages, where checks are dear: without any left, it is best-of-n of all that fits."""
+    sampler = GaussianToy(steps=4)
+    plan = SuccessiveHalving(n=None, check_cost=price).plan(sampler, cap)
+    assert all(k < before for before, k in zip((plan.search.n, *plan.search.keep), plan.search.keep))
+    if not plan.search.calls:
+        assert plan.search.n == cap // sampler.nfe(0, 4)

@@ -27,17 +27,23 @@ PACKAGES = {
 HEAVY = ("diffusers", "transformers", "torchvision", "gradio")
 ARXIV_ID = re.compile(r"\b\d{4}\.\d{4,5}\b")
 
-TOP = {"wrap", "job", "compare", "demo", "geneval", "support"}
+TOP = {"wrap", "job", "compare", "demo", "geneval", "support", "options", "pool", "record", "calibrate", "prompts"}
+TOP |= {"catalogue"}
+TOP |= {"parallel"}
+TOP |= {"bench"}
+TOP |= {"previews", "distill", "train_reward", "preview_report"}
 ENTRY = {"cli", "app", "__main__", "visearch"}
 WORLDS = {"pipelines", "rewards", "assets"}
-LIBRARY = {"protocols", "selection", "statistics", "search", "core"}
+LIBRARY = {"protocols", "allocation", "diversity", "selection", "statistics", "search", "core"}
 # What a group may import beyond itself; None is anything. Modules that are not named here form the core: they serve
 # the driver, so they may import each other and whatever lies below.
 BELOW: dict[str, set[str] | None] = {
     "protocols": set(),
     "statistics": set(),
-    "selection": {"protocols"},
-    "search": {"protocols", "selection"},
+    "allocation": set(),
+    "diversity": {"protocols"},
+    "selection": {"protocols", "diversity"},
+    "search": {"protocols", "allocation", "diversity", "selection"},
     "pipelines": {"protocols", "assets"},
     "rewards": {"protocols", "assets"},
     "assets": {"protocols"},

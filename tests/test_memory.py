@@ -7,16 +7,17 @@ from functools import cache
 
 import pytest
 import torch
-from contract.cases import PixelReward
+from contract.cases import PixelReward, changed, tight
 from tiny import build
 
 from visearch.budget import Budget, Ledger, MeteredSampler, memory_bytes
 from visearch.memory import TensorMemory, human, plan, probe, tracked
 from visearch.pipelines.diffusion import DiffusionSampler
 from visearch.pipelines.toy import GaussianToy
-from visearch.protocols import Request
+from visearch.protocols import EtaStep, Request, Sde
 from visearch.run import run_search
 from visearch.search.best_of_n import BestOfN
+from visearch.search.cached_drafts import CachedDrafts
 from visearch.search.successive_halving import SuccessiveHalving
 
 IMAGE_CALL = {"num_inference_steps": 4, "height": 32, "width": 32}
@@ -68,7 +69,7 @@ def test_the_denoiser_sees_bucket_sizes_only(rows, buckets, limit, parts):
 
 def test_rows_that_the_sampler_runs_apart_are_bucketed_apart():
     sampler = GaussianToy()
-    sampler.batch_key = lambda prompt: prompt % 2
+    sampler.batch_key = lambda prompt, candidate: prompt % 2
     metered = MeteredSampler(sampler, Ledger(), batch_buckets=(1, 2, 4))
     request = Request(("a", "b", "c"), seed=3)
     rows = metered.advance(metered.init(request, request.seeds(0, 3)), 8)
@@ -78,18 +79,22 @@ def test_rows_that_the_sampler_runs_apart_are_bucketed_apart():
 
 
 def test_out_of_memory_falls_to_the_next_bucket():
-    sampler = GaussianToy()
-    advance = sampler.advance
-
-    def tight(rows, to):
-        if len(rows) > 5:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return advance(rows, to)
-
-    sampler.advance = tight
+    sampler = changed(GaussianToy(), advance=tight(5))
     result = finish(sampler, BestOfN(n=8), Request(("a",)), batch_buckets=(1, 3, 8))
     assert result.ledger.retries == 1
     assert [c["batches"][0]["rows"] for c in sorted(result.ranking, key=lambda c: c["candidate"])] == [3] * 6 + [1] * 2
+
+
+def test_what_one_view_learned_when_memory_ran_out_all_views_know():
+    """A search may ask for its view anew in every round."""
+    metered = MeteredSampler(changed(GaussianToy(), advance=tight(2), decode=tight(2)), ledger := Ledger())
+    request = Request(("a",), seed=3)
+    for transition in (Sde(), EtaStep(), Sde()):
+        view = metered.view(transition=transition)
+        view.decode(view.advance(view.init(request, request.seeds(0, 8)), 8))
+    assert ledger.retries == 2 * 2  # 8, 4, 2 in the model and in the decoder, once and for all
+    rows = metered.advance(metered.init(request, request.seeds(0, 8)), 8)
+    assert ledger.retries == 4 and {b[0].rows for b in rows.batches} == {2}
 
 
 @pytest.mark.parametrize("buckets", [(), (2, 4), (0, 1), (1, -2)])
@@ -254,6 +259,15 @@ def test_batches_are_cut_to_fit_and_the_run_stays_below():
     free = finish(sampler, BestOfN(n=8), request)
     assert {c["batches"][0]["rows"] for c in free.ranking} == {8}
     assert [c["id"] for c in free.ranking] == [c["id"] for c in result.ranking]
+
+
+def test_drafts_are_rehearsed_as_drafts_and_full_runs_as_full_runs():
+    """Two drafts at a time, but the best four of them run again together."""
+    search = CachedDrafts(BestOfN(n=8, batch=2), m=4, cache={"every": 2, "warmup": 1})
+    found = plan(GaussianToy(), PixelReward(), search, Request(("a",)))
+    result = finish(GaussianToy(), search, Request(("a",)))
+    assert found.rows == found.decode_rows == found.reward_rows == 4
+    assert max(c["batches"][-1]["rows"] for c in result.ranking) == 4 and found.nfe == result.ledger.nfe
 
 
 def test_without_a_limit_all_rows_run_at_once():

@@ -18,6 +18,15 @@ from tiny import FAMILIES
 from torch._dynamo.testing import CompileCounter
 
 from visearch import BestOfN, SearchPipeline
+from visearch.budget import Ledger, MeteredReward
+from visearch.pipelines.toy import GaussianToy
+from visearch.protocols import Request
+from visearch.rewards import resolve
+from visearch.rewards.base import ModelReward
+from visearch.rewards.cache import Cached
+from visearch.rewards.noise_aware import NoiseAware
+from visearch.rewards.video import VideoMean
+from visearch.run import run_search
 from visearch.search.successive_halving import SuccessiveHalving
 
 CALL = {"num_inference_steps": 3, "height": 32, "width": 32, "output_type": "np"}
@@ -187,6 +196,89 @@ def test_lora_weights_are_searched_with(tmp_path):
     wrapped.load_lora_weights(tmp_path)
     after = wrapped("a cow", generator=seeded(), **CALL).images
     assert (after != before).any() and (after == other("a cow", generator=seeded(), **CALL).images).all()
+
+
+# --- rewards that move ----------------------------------------------------------------------------------------
+
+
+class Weighed(torch.nn.Module):
+    """A parameter, and how often it was sent somewhere else than it stands by now."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.here, self.moves = torch.nn.Parameter(torch.ones(())), "", []
+
+    def to(self, place):
+        if str(place) != self.here:
+            self.here = str(place)
+            self.moves.append(self.here)
+        return self
+
+
+class Elsewhere(ModelReward):
+    """Mean brightness by a model on a device of its own; notes what it gets to see, and where the model is then."""
+
+    name, family, licence, source, scale = "elsewhere", "pixel", "MIT", "tests", "brightness"
+
+    def _load(self):
+        return Weighed()
+
+    def _score(self, images, prompts):
+        self.seen = [*getattr(self, "seen", []), *images]
+        assert self.module.here == "meta"
+        return torch.stack([i.float().mean() for i in images])
+
+
+def elsewhere(monkeypatch, name: str = "elsewhere", offload: str = "cpu") -> Elsewhere:
+    monkeypatch.setattr("visearch.rewards.base.locate", lambda *_, **__: None)
+    reward = Elsewhere(device="meta", offload=offload)
+    reward.name = name
+    if offload != "lazy":
+        reward.module.moves.clear()
+    return reward
+
+
+@pytest.mark.parametrize(
+    "join",
+    [lambda r: r, lambda r: [r, brightness], Cached, NoiseAware],
+    ids=["alone", "ensemble", "cached", "noise-aware"],
+)
+def test_an_offloaded_reward_comes_once_a_round_whatever_the_size_of_its_batches(monkeypatch, join):
+    reward = elsewhere(monkeypatch)
+    halving = SuccessiveHalving(n=4, calls=(1, 2), keep=(0.5, 0.5))
+    sampler = GaussianToy(steps=3)
+    *_, last = run_search(sampler, resolve(join(reward)), halving, Request(("a cow",)), reward_rows=1)
+    assert last.result.error is None and max(last.result.ledger.rewards.values()) == 4 + 2 + 1
+    assert reward.module.moves == ["meta", "cpu"] * 3
+
+
+def test_an_offloaded_reward_of_frames_comes_once_whatever_the_size_of_its_batches(monkeypatch):
+    reward = elsewhere(monkeypatch)
+    scored = MeteredReward(VideoMean(reward), Ledger(), batch_size=1)(torch.rand(3, 2, 3, 4, 4), ["a cow"] * 3)
+    assert scored.isfinite().all() and reward.module.moves == ["meta", "cpu"]
+
+
+def test_members_of_an_ensemble_are_never_on_the_device_together(monkeypatch):
+    first, second = (elsewhere(monkeypatch, name) for name in "ab")
+    first.module.moves = second.module.moves = []
+    *_, last = run_search(GaussianToy(), first + second, BestOfN(n=2), Request(("a cow",)), reward_rows=1)
+    assert last.result.error is None and first.module.moves == ["meta", "cpu"] * 2
+
+
+def test_a_lazy_reward_is_loaded_at_its_first_score(monkeypatch):
+    reward = elsewhere(monkeypatch, offload="lazy")
+    search = run_search(GaussianToy(), reward, BestOfN(n=2), Request(("a cow",)))
+    assert "module" not in vars(reward)
+    *_, last = search
+    assert last.result.error is None and reward.module.moves == ["meta"]
+
+
+def test_only_pixels_go_to_a_reward(monkeypatch):
+    """Eight bits a channel, a quarter of what the decoder gave; not the latents, nor anything else of the row."""
+    reward = elsewhere(monkeypatch)
+    found = SearchPipeline(tiny.build("sd"), reward, BestOfN(n=2))("a cow", generator=seeded(), **CALL).search
+    assert {(i.dtype, i.shape) for i in reward.seen} == {(torch.uint8, (3, 32, 32))}
+    assert len(found.ranking) == 2
 
 
 # --- accelerators ---------------------------------------------------------------------------------------------

@@ -6,8 +6,19 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from visearch.statistics import mean_interval, minimum_detectable_effect, paired_interval, resample
+from visearch.statistics import (
+    curve_at,
+    curve_reach,
+    mean_interval,
+    minimum_detectable_effect,
+    paired_interval,
+    ratio_interval,
+    resample,
+    worth_interval,
+)
 
 
 def test_interval_matches_the_normal_theory():
@@ -55,11 +66,39 @@ def test_equal_seeds_give_equal_intervals():
     assert mean_interval(values, seed=1) == mean_interval(values, seed=1) != mean_interval(values, seed=2)
 
 
+def test_ratios_leave_out_draws_that_say_nothing():
+    found = ratio_interval(np.array([1.0, 3.0]), np.array([0.0, 4.0]))
+    assert found.mean == 1.0 and (found.low, found.high) == (0.75, 1.0)  # 6 / 8 and 4 / 4; 2 / 0 is left out
+    assert f"{found:.2f}" == "1.00 [0.75, 1.00]"
+    with pytest.raises(ValueError, match="denominator sums to 0"):
+        ratio_interval(np.ones(2), np.zeros(2))
+
+
 def test_resample_draws_as_many_rows_as_there_are():
     totals = resample(np.array([[1.0, 1], [10, 1], [100, 1]]), np.random.default_rng(0), 500)
     assert totals.shape == (500, 2)
     assert (totals[:, 1] == 3).all()
     assert set(totals[:, 0]) == {a + b + c for a in (1, 10, 100) for b in (1, 10, 100) for c in (1, 10, 100)}
+
+
+@given(st.integers(1, 9), st.floats(0, 1), st.integers(0, 2**16))
+def test_a_curve_reaches_what_it_is_at(size, share, seed):
+    curves = np.random.default_rng(seed).uniform(0.1, 1, (2, 3, size)).cumsum(-1)
+    n = 1 + share * (size - 1)
+    np.testing.assert_allclose(curve_reach(curves, curve_at(curves, n)), n, atol=1e-4)
+    np.testing.assert_array_equal(curve_at(curves, np.full((2, 3), n)), curve_at(curves, n))
+
+
+def test_curves_end_where_their_pool_does():
+    curve = np.array([1.0, 2.0, 2.0, 4.0])
+    assert [float(curve_at(curve, n)) for n in (0, 1, 1.5, 3.5, 4, 9)] == [1, 1, 1.5, 3, 4, 4]
+    assert [float(curve_reach(curve, v)) for v in (0, 1, 1.5, 2, 3, 4, 9)] == [1, 1, 1.5, 2, 3.5, 4, 4]
+
+
+def test_worth_by_hand():
+    curve = np.tile([1.0, 2.0, 3.0], (5, 1))
+    found = worth_interval(np.full(5, 2.5), np.full(5, 2.0), curve)
+    assert found.mean == found.low == found.high == 1.25 and found.clusters == 5  # best of 2.5, for the price of 2
 
 
 def test_minimum_detectable_effect_has_the_stated_power():

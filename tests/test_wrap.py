@@ -9,7 +9,7 @@ import tiny
 import torch
 from diffusers import DiffusionPipeline
 
-from visearch import BestOfN, Budget, SearchPipeline
+from visearch import BestOfN, Budget, SearchPipeline, SuccessiveHalving
 from visearch.budget import RewardError
 
 CALL = {"num_inference_steps": 3, "height": 32, "width": 32}
@@ -180,14 +180,36 @@ def test_the_users_callback_hears_of_each_winning_step_as_in_a_plain_call(cogvie
     assert steps(wrap(cogview, n=1)) == steps(cogview)
 
 
-def test_held_out_rewards_score_the_winners_only(cogview):
-    def red(images, prompts):
-        red.seen += len(images)
-        return [float(i.getpixel((0, 0))[0]) for i in images]
+def test_held_out_rewards_score_winners_and_candidate_0(cogview):
+    def dark(images, prompts):
+        return [-v for v in brightness(images, prompts)]
 
-    red.seen = 0
-    found = wrap(cogview, n=3, held_out=[red])("a cow", generator=seeded(), **CALL)
-    assert red.seen == 1 and found.search.held_out["red"] == [float(found.images[0].getpixel((0, 0))[0])]
+    with pytest.warns(UserWarning, match="possible reward hacking: brightness rises while dark falls"):
+        found = wrap(cogview, n=3, held_out=[dark])("a cow", generator=seeded(), num_images_per_prompt=2, **CALL).search
+    best = found.winners(2)
+    assert found.held_out["dark"] == pytest.approx((-best.score).tolist())
+    base = next(c["score"] for c in found.ranking if c["id"] == "0")
+    judge = found.report.judges[0]
+    assert (judge.base, judge.picked) == (pytest.approx((-base,)), pytest.approx((-float(best.score[0]),)))
+    assert any("reward hacking" in warning for warning in found.warnings) and "dark" not in found.ledger.rewards
+
+
+def test_candidate_0_is_not_drawn_again_where_the_budget_leaves_a_plain_sample(cogview):
+    """Particles take stochastic steps; a single one, which is all that is paid for here, takes the pipeline's own."""
+
+    def dark(images, prompts):
+        return [-value for value in brightness(images, prompts)]
+
+    one = 2 * CALL["num_inference_steps"]
+    wrapped = SearchPipeline(cogview, brightness, "smc(n=4)", Budget(max_nfe=one), held_out=[dark])
+    found = wrapped("a cow", generator=seeded(), **CALL).search
+    assert found.ledger.nfe == one and found.report.ledger.nfe == 0
+    assert found.report.guided.base == found.report.guided.picked
+
+
+def test_a_held_out_reward_that_guides_is_refused_before_anything_runs(cogview):
+    with pytest.raises(ValueError, match="brightness is given twice; a judge is held out only if it does not guide"):
+        wrap(cogview, held_out=[brightness])
 
 
 def test_budgets_cut_the_search(cogview):
@@ -196,6 +218,16 @@ def test_budgets_cut_the_search(cogview):
     assert len(found.search.ranking) == 2 and found.search.ledger.nfe == 2 * one
     with pytest.raises(ValueError, match="too small"):
         wrap(cogview, budget=Budget(max_nfe=one - 1))("a cow", generator=seeded(), **CALL)
+
+
+@pytest.mark.filterwarnings("ignore:halving .* has no check left")
+@pytest.mark.parametrize("budget", [Budget(max_images=3), Budget(max_nfe=18)])
+def test_a_search_may_take_its_size_from_the_budget_of_all_prompts(cogview, budget):
+    """Three images for two prompts are one each, and for one prompt three."""
+    search = SuccessiveHalving(n=None, calls=(), keep=())
+    pipe = SearchPipeline(cogview, brightness, search, budget)
+    assert len(pipe("a cow", generator=seeded(), **CALL).search.ranking) == 3
+    assert len(pipe(["a cow", "a dog"], generator=seeded(), **CALL).search.ranking) == 2
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visearch import __version__, support
-from visearch.pipelines import MODELS
-from visearch.rewards import REWARDS
-from visearch.search import SEARCHES
+from visearch import __version__, calibrate, catalogue, compare, record, support, train_reward
+from visearch.app import command as app
+from visearch.diversity import METHODS
+from visearch.geneval import command as geneval
+from visearch.options import (
+    add_command,
+    budget_arguments,
+    device_of,
+    load,
+    model_arguments,
+    one_line,
+    preview_arguments,
+    reward_arguments,
+)
+from visearch.search import SEARCHES, describe, parse
 
 __all__ = ["main"]
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+SEARCH_HELP = (
+    "a name, or one with hyperparameters, which may be searches: 'halving(n=16)', \"refine(first=halving(n=12), "
+    f'then=zero-order(k=4))"; names: {", ".join(SEARCHES)}'
+)
 
 RUN_EXAMPLES = """
 examples:
@@ -30,9 +46,15 @@ examples:
       at most 20 seconds; judge A scores baseline and winner, the search never sees it
   visearch run "a photo of two cows" --search halving --n 16 --set preset=psp
       sixteen begin; after a quarter and after half of the steps the worse half by preview is dropped
+  visearch run "a photo of two cows" --n 16 --images 4 --diversity greedy
+      four of sixteen that are good and unlike each other
+  visearch run "a photo of two cows" --search "cached-drafts(search=halving(n=16), m=2)"
+      searches nest: pruned drafts with a step cache, the two best run again in full
   visearch run "a cat" --model stabilityai/stable-diffusion-xl-base-1.0 --dtype float16 --offload model \\
       --reward open-clip:ViT-H-14/laion2b_s32b_b79k
       any diffusers pipeline by hub id or folder, any open_clip model as reward
+  visearch run "a cat" --model PATH --reward "average-rank(pick-score, image-reward)" --held-out vqa-score
+      two rewards guide, a judge of another family watches; "pick-score + 2 * image-reward" is their weighted sum
 """
 
 
@@ -47,13 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return options.command(options)
     except (ValueError, TypeError, FileNotFoundError) as error:
-        print(f"visearch: {_one_line(error)}", file=sys.stderr)
+        print(f"visearch: {one_line(error)}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
         print("visearch: interrupted before anything was finished", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (RuntimeError, OSError) as error:
-        print(f"visearch: {_one_line(error)}", file=sys.stderr)
+        print(f"visearch: {one_line(error)}", file=sys.stderr)
         return EXIT_FAILED
 
 
@@ -61,22 +83,40 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("visearch", description="Search at inference time instead of sampling once.")
     parser.add_argument("--version", action="version", version=f"visearch {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_run(commands)
+    _add_demo(commands)
+    support.add_parser(commands)
+    catalogue.add_parser(commands)
+    calibrate.add_parser(commands)
+    compare.add_parser(commands)
+    record.add_parser(commands)
+    geneval.add_parser(commands)
+    train_reward.add_parser(commands)
+    app.add_parser(commands)
+    return parser
 
-    run = commands.add_parser(
+
+def _add_run(commands: Any) -> None:
+    run = add_command(
+        commands,
         "run",
+        _run,
         help="search for one prompt and keep baseline, winner and every candidate",
-        description="Search for one prompt. Writes winner.png, baseline.png (same seed, sampled once), "
-        "contact-sheet.png, winner.safetensors (its latents) and result.json, which holds the command that regenerates "
-        "the winner.",
-        epilog=RUN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Search for one prompt. Writes winner.png, baseline.png (same seed, sampled once), image-1.png to "
+        "image-K.png where several are kept, contact-sheet.png, winner.safetensors (its latents) and result.json, "
+        "which holds the command that regenerates the winner.",
+        examples=RUN_EXAMPLES,
     )
-    run.set_defaults(command=_run)
     run.add_argument("prompt", help="what the image should show")
-    _model_arguments(run)
+    model_arguments(run).add_argument(
+        "--batch-buckets",
+        type=_sizes,
+        metavar="B,B,...",
+        help="the only numbers of candidates in one model call, such as 1,2,4,8, for compiled models",
+    )
     what = run.add_argument_group("search")
-    what.add_argument("--search", default="best-of-n", metavar="NAME", help=f"one of: {', '.join(SEARCHES)}")
-    what.add_argument("--n", type=int, default=8, help="candidates (default %(default)s)")
+    what.add_argument("--search", default="best-of-n", metavar="SEARCH", help=SEARCH_HELP)
+    what.add_argument("--n", type=int, help="candidates (default: the search's own, 8 for best-of-n)")
     what.add_argument(
         "--set",
         action="append",
@@ -84,29 +124,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="a hyperparameter of the search, such as preset=psp or calls=.4,.7; may be repeated",
     )
+    reward_arguments(what)
+    preview_arguments(what)
+    what.add_argument("--images", type=int, metavar="K", help="images to keep (default 1)")
     what.add_argument(
-        "--reward",
-        default="emoji-clip",
-        metavar="NAME",
-        help=f"guides the search: {', '.join(REWARDS)}, or open-clip:MODEL/PRETRAINED (default %(default)s)",
+        "--diversity",
+        metavar="METHOD",
+        help=f"keep a set of good ones that differ, not the best K: {', '.join(METHODS)}",
     )
     what.add_argument(
-        "--held-out",
-        action="append",
-        default=[],
+        "--features",
         metavar="NAME",
-        help="scores baseline and winner without guiding; may be repeated",
+        help="what images are compared by, there and in rules of a search: thumbnails, or a reward with an image "
+        "encoder (default: the reward's own, or thumbnails)",
     )
-    limits = run.add_argument_group("budget")
-    limits.add_argument("--max-nfe", type=int, metavar="N", help="most model rows, both guidance branches counted")
-    limits.add_argument("--max-seconds", type=float, metavar="S", help="most seconds; overrun by at most one operation")
-    limits.add_argument("--target", type=float, metavar="R", help="stop once a finished candidate scores this much")
-    limits.add_argument("--patience", type=int, metavar="K", help="stop after K finished candidates without a new best")
-    limits.add_argument(
-        "--max-memory",
-        metavar="SIZE",
-        help="most bytes beyond the weights, such as 8GiB: batches are cut to fit (default: 0.9 of a free CUDA device)",
-    )
+    budget_arguments(run)
     run.add_argument("--seed", type=int, default=0, help="of candidate 0, and all others (default %(default)s)")
     run.add_argument(
         "--exact",
@@ -115,44 +147,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--out", metavar="DIR", help="folder for the results (default outputs/<prompt>)")
 
-    demo = commands.add_parser(
+
+def _add_demo(commands: Any) -> None:
+    demo = add_command(
+        commands,
         "demo",
+        _demo,
         help="three prompts of the embedded world: sampled once, searched, and judged",
         description="Runs three prompts on the embedded model, once and as best-of-N, and lets three judges that the "
         "search never saw decide. Needs no network.",
     )
-    demo.set_defaults(command=_demo)
     demo.add_argument("--n", type=int, default=8, help="candidates (default %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     demo.add_argument("--out", default="outputs/demo", metavar="DIR", help="folder (default %(default)s)")
-    support.add_parser(commands, _model_arguments, lambda options: _load(options, _device(options.device)))
-    return parser
-
-
-def _model_arguments(parser: argparse.ArgumentParser, default: str | None = "emoji-64") -> None:
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        default=default,
-        metavar="NAME|PATH|HUB_ID",
-        help=f"{', '.join(MODELS)}, a folder, or a hub id of a diffusers pipeline"
-        + f" (default {default})" * bool(default),
-    )
-    model.add_argument("--steps", type=int, metavar="K", help="inference steps (default: the model's)")
-    model.add_argument("--guidance", type=float, metavar="G", help="guidance scale (default: the model's)")
-    model.add_argument("--negative-prompt", metavar="TEXT")
-    model.add_argument("--height", type=int)
-    model.add_argument("--width", type=int)
-    model.add_argument("--device", help="cpu, cuda, mps ... (default: the best there is)")
-    model.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="(default: float32 on cpu)")
-    model.add_argument("--offload", choices=["model", "sequential"], help="keep weights on the CPU between uses")
-    model.add_argument("--rows", type=int, metavar="B", help="most candidates in one model call")
-    model.add_argument(
-        "--batch-buckets",
-        type=_sizes,
-        metavar="B,B,...",
-        help="the only numbers of candidates in one model call, such as 1,2,4,8, for compiled models",
-    )
 
 
 def _sizes(text: str) -> str:
@@ -170,18 +177,29 @@ def _run(options: argparse.Namespace) -> int:
 
     if not options.prompt.strip():
         raise ValueError(f"prompt {options.prompt!r} is empty; say what the image should show")
-    for name in ("steps", "height", "width", "rows"):
+    for name in ("steps", "height", "width", "rows", "images"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1")
     if not 0 <= options.seed < 2**63:
         raise ValueError(f"--seed {options.seed} must lie in [0, 2^63)")
+    if options.diversity and (options.images or 1) < 2:
+        raise ValueError(f"--diversity {options.diversity} chooses several images; give --images of at least 2")
     from visearch.budget import Budget
+    from visearch.diversity import Keep
     from visearch.wrap import make_search
 
-    search = make_search(options.search, **{"n": options.n, **_hyperparameters(options)})
+    Keep.of(options.diversity)  # refused before anything is loaded
+    n = {} if options.n is None else {"n": options.n}
+    search = make_search(options.search, **n, **_hyperparameters(options))
     budget = Budget(
-        options.max_nfe, options.max_seconds, options.target, options.patience, max_memory=options.max_memory
+        options.max_nfe,
+        options.max_seconds,
+        options.target,
+        options.patience,
+        options.max_images,
+        max_memory=options.max_memory,
+        min_gain=options.min_gain,
     )
     out = check_folder(options.out or Path("outputs") / _slug(options.prompt))
     found = search_once(options, options.prompt, search, budget)
@@ -194,7 +212,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _hyperparameters(options: argparse.Namespace) -> dict[str, Any]:
     """What ``--set`` says; values are Python literals, all else is text."""
-    known = [f.name for f in dataclasses.fields(SEARCHES.load(options.search))]
+    known = [f.name for f in dataclasses.fields(parse(options.search))]
     given = {}
     for setting in options.set:
         name, equals, value = setting.partition("=")
@@ -212,7 +230,8 @@ class Found:
     """One search of one prompt with everything that is reported about it.
 
     ``search`` is cut to the budget; ``price`` is what one decode and score cost in model rows, as measured; ``drift``
-    is how far the winner's latents were off when it was run again, ``None`` where it was not.
+    is how far the winner's latents were off when it was run again, ``None`` where it was not; ``chosen`` are the ids of
+    the images to keep, best first, where several are; ``report`` holds winner and baseline before the judges.
     """
 
     search: Any
@@ -223,8 +242,9 @@ class Found:
     baseline: dict[str, Any]
     images: dict[str, Any]
     call: dict[str, Any]
-    notes: dict[str, str]
+    report: Any
     drift: float | None = None
+    chosen: tuple[str, ...] = ()
 
 
 def search_once(options: argparse.Namespace, prompt: str, search: Any, budget: Any, pipe: Any = None) -> Found:
@@ -237,20 +257,31 @@ def search_once(options: argparse.Namespace, prompt: str, search: Any, budget: A
     import torch
     from tqdm.auto import tqdm
 
+    from visearch.monitor import check_held_out
+    from visearch.pipelines.previews import PreviewDecoder
+    from visearch.prompts import check_judgeable
     from visearch.rewards import resolve
+    from visearch.rewards.features import resolve_features
     from visearch.rewards.images import to_pil
     from visearch.run import regenerate, run_search
+    from visearch.search.nesting import view_of
     from visearch.wrap import BarLedger, Job
 
     buckets = options.batch_buckets and [int(size) for size in options.batch_buckets.split(",")]
-    device = _device(options.device)
+    device = device_of(options.device)
     reward = resolve(options.reward, device)
+    features = resolve_features(options.features, reward, device)
     held_out = [resolve(name, device) for name in options.held_out]
-    pipe, call = _load(options, device) if pipe is None else pipe
+    check_held_out([reward], held_out)
+    check_judgeable(held_out, [{"prompt": prompt}])
+    pipe, call = load(options, device) if pipe is None else pipe
     generator = torch.Generator().manual_seed(options.seed)
-    job = Job.of(pipe, search, prompt, max_nfe=budget.max_nfe, generator=generator, **call)
-    plan = search.plan(job.sampler, budget.max_nfe)
-    with tqdm(total=plan.nfe, desc=f"{options.search} n={getattr(plan.search, 'n', '')}", unit="row") as bar:
+    previews = PreviewDecoder(pipe, options.preview, options.preview_decoder)
+    job = Job.of(pipe, search, prompt, budget=budget, generator=generator, previews=previews, **call)
+    plan, kept = search.plan(job.sampler, budget.rows_a_prompt(job.sampler, 1)), options.images or 1
+    if plan.finals < kept:
+        raise ValueError(f"--images {kept}: the search finishes {plan.finals}; raise --n or the budget, or prune less")
+    with tqdm(total=plan.nfe, desc=options.search, unit="row") as bar:
         for step in run_search(
             job.sampler,
             reward,
@@ -260,101 +291,44 @@ def search_once(options: argparse.Namespace, prompt: str, search: Any, budget: A
             rows=options.rows,
             batch_buckets=buckets,
             ledger=BarLedger(bar=bar),
+            features=features,
         ):
             if step.best:
                 bar.set_postfix(best=f"{step.best[0]:.3f}")
     result = step.result
     if result.finished is None:
         raise result.error or RuntimeError(f"the search stopped ({result.stopped}) before a candidate was finished")
-    drift = (
-        regenerate(job.sampler, job.request, result.winners()).drift if options.exact and result.error is None else None
-    )
-    ranking = result.ranking
+    drift = None
+    if options.exact and result.error is None:
+        drift = regenerate(view_of(plan.search, job.sampler), job.request, result.winners()).drift
+    ranking, several = result.ranking, result.winners(kept)
+    if options.diversity:
+        several = result.diverse(kept, features, options.diversity)
     images = {c["id"]: to_pil(result.samples[0, c["id"]][None])[0] for c in ranking}
-    first = next((c for c in ranking if c["id"] == "0"), None)
-    if first is None:
-        plain = Job.of(pipe, make_baseline(), prompt, generator=torch.Generator().manual_seed(options.seed), **call)
-        *_, last = run_search(plain.sampler, reward, make_baseline(), plain.request)
-        first = last.result.ranking[0]
-        images["0"] = to_pil(last.result.samples[0, "0"][None])[0]
-    for judge in held_out:
-        pair = torch.stack([torch.as_tensor(_pixels(images[c["id"]])) for c in (ranking[0], first)])
-        values = judge.score(pair, [prompt] * 2, metadata=[None] * 2).values.tolist()
-        for candidate, value in zip((ranking[0], first), values, strict=True):
-            candidate.setdefault("held_out", {})[judge.name] = value
-    notes = {judge.name: getattr(judge, "note", "") for judge in held_out}
-    return Found(plan.search, step.state.price, reward, result, ranking[0], first, images, call, notes, drift)
+    with torch.no_grad():  # as SearchPipeline returns them: kernels may round otherwise in the batches of the search
+        images.update(zip(several.id, to_pil(job.sampler.decode(several)), strict=True))
+    report, first, sample = _judged(job, plan.search, reward, held_out, result, ranking)
+    images["plain"] = to_pil(sample[None])[0]
+    return Found(
+        plan.search, step.state.price, reward, result, ranking[0], first, images, call, report, drift, several.id
+    )
 
 
-def make_baseline() -> Any:
-    """One plain sample."""
-    from visearch.search.best_of_n import BestOfN
+def _judged(
+    job: Any, search: Any, reward: Any, held_out: Sequence[Any], result: Any, ranking: Sequence[dict[str, Any]]
+) -> tuple[Any, dict[str, Any], Any]:
+    """The report, the baseline as an entry of a ranking, and its sample; the entries get what the judges say."""
+    from visearch.monitor import baselines, judged
+    from visearch.run import SearchResult
 
-    return BestOfN(n=1)
-
-
-def _pixels(image: Any) -> Any:
-    import numpy as np
-
-    return np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy()
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} is not available here ({_one_line(error)}); use --device cpu") from error
-    return name
-
-
-def _load(options: argparse.Namespace, device: str) -> tuple[Any, dict[str, Any]]:
-    """The pipeline on its device, and the arguments of its call."""
-    import torch
-
-    dtype = getattr(torch, options.dtype) if options.dtype else torch.float32 if device == "cpu" else torch.float16
-    call: dict[str, Any] = {}
-    if options.model in MODELS:
-        from visearch.pipelines import emoji
-
-        pipe = MODELS.load(options.model)(dtype=dtype)
-        call |= emoji.DEFAULTS
-    else:
-        pipe = _load_diffusers(options.model, dtype)
-    if options.offload and device == "cpu":
-        raise ValueError(f"--offload {options.offload} needs an accelerator; leave it out on the CPU")
-    if options.offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif options.offload == "sequential":
-        pipe.enable_sequential_cpu_offload(device=device)
-    else:
-        pipe.to(device)
-    pipe.set_progress_bar_config(disable=True)
-    given = {
-        "num_inference_steps": options.steps,
-        "guidance_scale": options.guidance,
-        "negative_prompt": options.negative_prompt,
-        "height": options.height,
-        "width": options.width,
-    }
-    return pipe, {**call, **{k: v for k, v in given.items() if v is not None}}
-
-
-def _load_diffusers(model: str, dtype: Any) -> Any:
-    from diffusers import DiffusionPipeline
-
-    if not Path(model).is_dir() and "/" not in model:
-        MODELS.load(model)  # says which names are near
-    try:
-        return DiffusionPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(
-            f"--model {model} could not be loaded ({_one_line(error)}); give a folder or hub id of a diffusers "
-            f"pipeline with safetensors weights, or one of: {', '.join(MODELS)}"
-        ) from error
+    found, ledger = baselines(job.sampler, search, reward, result)
+    report, _ = judged(reward, held_out, result, found, ledger)
+    (drawn,) = SearchResult(job.request, found[0].row, ledger, "done").ranking
+    first = next((c for c in ranking if c["id"] == found[0].id), drawn)
+    for view in report.judges:
+        for candidate, (value,) in ((first, view.base), (ranking[0], view.picked)):
+            candidate.setdefault("held_out", {})[view.name] = value
+    return report, first, found[0].sample
 
 
 # --- what a run leaves behind ---------------------------------------------------------------------------------
@@ -380,26 +354,30 @@ def winner_command(options: argparse.Namespace, found: Found) -> str:
     """Regenerates the winner alone where a seed suffices, else repeats the whole search."""
     if len(found.winner["lineage"]) > 1:
         return command_line(options)
-    limits = {**dict.fromkeys(("max_nfe", "max_seconds", "target", "patience")), "set": [], "exact": False}
-    return command_line(options, search="best-of-n", n=1, seed=found.winner["seed"], **limits)
+    limits = ("max_nfe", "max_images", "max_seconds", "target", "patience", "min_gain")
+    unused = dict.fromkeys((*limits, "images", "diversity", "features", "preview", "preview_decoder"))
+    changes = {**unused, "set": [], "exact": False}
+    return command_line(options, search="best-of-n", n=1, seed=found.winner["seed"], **changes)
 
 
 def _write(out: Path, options: argparse.Namespace, found: Found) -> bool:
     from visearch.report import contact_sheet, versions, write_image, write_json
 
-    result, ranking = found.result, found.result.ranking
+    result, ranking, text = found.result, found.result.ranking, describe(found.search)
     captions = [f"{c['score']:.3f}  #{c['id']}\nseed {c['seed']}" for c in ranking]
     title = f"{options.prompt}   |   {options.search}, {_count(result)}, {found.reward.name}"
     content = {
         "prompt": options.prompt,
         "model": options.model,
         "call": found.call,
-        "search": {"name": options.search, **dataclasses.asdict(found.search)},
+        "search": {"name": text.partition("(")[0], "text": text, **dataclasses.asdict(found.search)},
         "reward": {k: getattr(found.reward, k) for k in ("name", "licence", "source", "higher_is_better")},
         "stopped": result.stopped,
         "error": None if result.error is None else repr(result.error),
-        "warnings": list(result.warnings),
+        "warnings": [*result.warnings, *found.report.warnings],
+        "report": found.report.as_dict(),
         "winner": found.winner,
+        "images": found.chosen,
         "baseline": found.baseline,
         "ranking": ranking,
         "pruned": result.pruned,
@@ -414,7 +392,9 @@ def _write(out: Path, options: argparse.Namespace, found: Found) -> bool:
         write_json(out / "result.json", content)
         result.save(out)
         write_image(out / "winner.png", found.images[found.winner["id"]])
-        write_image(out / "baseline.png", found.images["0"])
+        for place, name in enumerate(found.chosen if len(found.chosen) > 1 else (), 1):
+            write_image(out / f"image-{place}.png", found.images[name])
+        write_image(out / "baseline.png", found.images["plain"])
         sheet = contact_sheet([found.images[c["id"]] for c in ranking], captions, title, marked=0)
         write_image(out / "contact-sheet.png", sheet)
     except OSError as error:
@@ -431,20 +411,19 @@ def _write(out: Path, options: argparse.Namespace, found: Found) -> bool:
 def _tell(options: argparse.Namespace, found: Found, written: bool) -> None:
     result = found.result
     spent = result.ledger.as_dict()
-    gain = found.winner["score"] - found.baseline["score"]
+    (once,), (best,) = found.report.guided.base, found.report.guided.picked
     print(
-        f"{found.reward.name}: {found.baseline['score']:.3f} sampled once, {found.winner['score']:.3f} searched "
-        f"({gain:+.3f}); {_count(result)}, {spent['nfe']} model rows, {spent['seconds']['total']:.1f} s"
+        f"{found.reward.name}: {once:.3f} sampled once, {best:.3f} searched ({best - once:+.3f}); {_count(result)}, "
+        f"{spent['nfe']} model rows, {spent['seconds']['total']:.1f} s"
     )
-    for name, value in found.winner.get("held_out", {}).items():
-        once, note = found.baseline["held_out"][name], found.notes[name]
-        print(f"{name} (held out): {once:.3f} sampled once, {value:.3f} searched" + (f"; {note}" if note else ""))
+    if found.report.judges:
+        print(found.report)
     if found.drift is not None:
         print(f"run again in the same batch sizes, the winner's latents differ by at most {found.drift:.3g}")
     if result.stopped != "done":
-        reason = {"interrupted": "interrupted by Ctrl-C", "failed": f"stopped: {_one_line(result.error or '')}"}
+        reason = {"interrupted": "interrupted by Ctrl-C", "failed": f"stopped: {one_line(result.error or '')}"}
         print(f"{reason.get(result.stopped, f'stopped: {result.stopped}')}; the best of what was finished is kept")
-    for warning in result.warnings:
+    for warning in (*result.warnings, *found.report.warnings):
         print(f"warning: {warning}", file=sys.stderr)
 
 
@@ -456,10 +435,6 @@ def _count(result: Any) -> str:
 def _slug(text: str) -> str:
     words = "".join(c if c.isalnum() else "-" for c in text.lower()).split("-")
     return "-".join(w for w in words if w)[:60] or "run"
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 # --- visearch demo --------------------------------------------------------------------------------------------

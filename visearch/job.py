@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL.Image import Image
-from torch import nn
+from torch import Tensor, nn
 
+from visearch.budget import Budget
+from visearch.diversity import Keep
 from visearch.pipelines import components
 from visearch.protocols import NullMeter, Population, Request, Search
 from visearch.run import SearchResult
 
 if TYPE_CHECKING:
     from visearch.pipelines.diffusion import DiffusionSampler
+    from visearch.pipelines.previews import PreviewDecoder
 
 __all__ = ["Job", "Samplers"]
 
@@ -66,8 +69,10 @@ class Job:
         /,
         *args: Any,
         reward_prompt: str | Sequence[str] | None = None,
-        max_nfe: int | None = None,
+        budget: Budget | None = None,
         samplers: Samplers | None = None,
+        rewrite: Callable[[str, int], str] | None = None,
+        previews: PreviewDecoder | None = None,
         **kwargs: Any,
     ) -> Job:
         """Bind a call's arguments as the pipeline itself would.
@@ -77,8 +82,10 @@ class Job:
             search: widened if it draws fewer candidates than the call wants images.
             args: positional arguments of the pipeline's call.
             reward_prompt: what the reward reads, one text or one a prompt; default the prompts themselves.
-            max_nfe: most model rows a prompt, for searches that take their size from the budget.
+            budget: tells searches that take their size from it how many candidates they have.
             samplers: reused from call to call.
+            rewrite: the text for each candidate, as in :class:`visearch.protocols.Request`.
+            previews: how the sampler decodes previews; default by the pipeline's own decoder.
             kwargs: keyword arguments of the pipeline's call.
 
         Raises:
@@ -100,14 +107,19 @@ class Job:
         overrides = {k: given.pop(k) for k in ("output_type", "return_dict") if k in given}
         prompts, per_prompt, call = _split(pipe, given, takes_text="prompt" in signature.parameters)
         example = {"prompt": prompts[0], **{name: entries[0] for name, entries in per_prompt.items()}}
-        sampler = (samplers or Samplers()).get(pipe, call, example)
+        sampler = (samplers or Samplers()).get(pipe, call, example, previews)
         unsearched = getattr(search, "n", None) == 1
-        search, single = _wide(search, sampler, max_nfe, winners)
+        rows = None if budget is None else budget.rows_a_prompt(sampler, len(prompts))
+        search, single = _wide(search, sampler, rows, winners)
         texts = _texts(prompts, reward_prompt, optional=single or "prompt" not in signature.parameters)
         if latents is not None:
             per_prompt["latents"] = _chunks("latents", latents, len(prompts))
         generators, seed = _generators(generator, len(prompts), winners, single and winners == 1, pipe)
-        request = Request(prompts, seed=seed, per_prompt=per_prompt, reward_prompts=texts, generators=generators)
+        if rewrite is not None and not (callable(rewrite) and all(isinstance(p, str) for p in prompts)):
+            raise ValueError("rewrite needs prompts that are texts, and is a function (prompt, candidate) -> text")
+        request = Request(
+            prompts, seed=seed, per_prompt=per_prompt, reward_prompts=texts, generators=generators, rewrite=rewrite
+        )
         if unsearched and isinstance(generator, torch.Generator) and len(prompts) * winners > 1:
             starts = _in_turn(generator, len(prompts) * winners, sampler, request)
             request = replace(request, generators=starts)
@@ -124,16 +136,25 @@ class Job:
                 if generator is not None:
                     generator.set_state(rows.rng[row].clone())
 
-    def chosen(self, result: SearchResult) -> Population:
-        """The winners, prompt by prompt, best first; in the order of a plain call where nothing was chosen."""
+    def chosen(
+        self, result: SearchResult, diversity: Keep | None = None, features: Callable[[Any], Tensor] | None = None
+    ) -> Population:
+        """The winners, prompt by prompt, best first; in the order of a plain call where nothing was chosen.
+
+        Args:
+            result: of the search.
+            diversity: how to choose several that are unlike each other by their ``features``; default the best.
+        """
+        if not self.unsearched and diversity is not None and self.winners > 1:
+            return result.diverse(self.winners, features, diversity)
         rows = result.winners(self.winners)
         if not self.unsearched:
             return rows
         return rows.select(sorted(range(len(rows)), key=lambda r: (int(rows.prompt[r]), rows.candidate[r])))
 
-    def output(self, result: SearchResult) -> Any:
-        """The pipeline's own output for the winners, decoded by the pipeline itself."""
-        return self.sampler.output(self.chosen(result), **self.overrides)
+    def output(self, winners: Population) -> Any:
+        """The pipeline's own output for what :meth:`chosen` returned, decoded by the pipeline itself."""
+        return self.sampler.output(winners, **self.overrides)
 
 
 class Samplers:
@@ -147,9 +168,12 @@ class Samplers:
         self._key: Any = None
         self._sampler: DiffusionSampler | None = None
 
-    def get(self, pipe: Any, call: dict[str, Any], example: dict[str, Any]) -> DiffusionSampler:
+    def get(
+        self, pipe: Any, call: dict[str, Any], example: dict[str, Any], previews: PreviewDecoder | None = None
+    ) -> DiffusionSampler:
         """A sampler for such a call, a new one if need be."""
         from visearch.pipelines.diffusion import DiffusionSampler
+        from visearch.pipelines.previews import PreviewDecoder
 
         shaped = {k: isinstance(v, str) if _TEXT.match(k) else _shape(v) for k, v in example.items()}
         key = _pipeline_key(pipe), _shape(call), tuple(sorted(shaped.items()))
@@ -157,7 +181,7 @@ class Samplers:
             self._key = self._sampler = None  # frees the old one before the dry runs of the new one
             self._sampler = DiffusionSampler(pipe, call, example=example)
             self._key = key
-        self._sampler.call = dict(call)
+        self._sampler.call, self._sampler.previews = dict(call), previews or PreviewDecoder(pipe)
         return self._sampler
 
 
@@ -317,9 +341,9 @@ def _texts(prompts: Sequence[Any], given: str | Sequence[str] | None, optional: 
     return tuple(text if isinstance(text, str) else "" for text in prompts)
 
 
-def _wide(search: Search, sampler: DiffusionSampler, max_nfe: int | None, winners: int) -> tuple[Search, bool]:
+def _wide(search: Search, sampler: DiffusionSampler, rows: int | None, winners: int) -> tuple[Search, bool]:
     """The search with room for all winners, and whether it chooses nothing."""
-    finals = search.plan(sampler, max_nfe if getattr(search, "n", 1) is None else None).finals
+    finals = search.plan(sampler, rows if getattr(search, "n", 1) is None else None).finals
     if finals < winners:
         if getattr(search, "n", None) != finals:
             raise ValueError(

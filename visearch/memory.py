@@ -27,13 +27,27 @@ from visearch.budget import (
     Budget,
     Evaluator,
     Ledger,
+    MeteredFeatures,
     MeteredReward,
     MeteredSampler,
     OutOfMemory,
     is_out_of_memory,
     release_cached_memory,
 )
-from visearch.protocols import Event, Population, Request, Reward, RowState, Sampler, Scores, Search, Seed
+from visearch.diversity import compares_features
+from visearch.protocols import (
+    Event,
+    Population,
+    Request,
+    Reward,
+    RowsInPopulation,
+    RowState,
+    Sampler,
+    Scores,
+    Search,
+    Seed,
+    leaves,
+)
 
 __all__ = ["Footprint", "Plan", "TensorMemory", "plan", "probe", "tracked"]
 
@@ -269,7 +283,9 @@ def _probe(sampler: Sampler, reward: Reward, request: Request, meter: _ProbeMete
 
     def score(count: int) -> None:
         begin = time.perf_counter()
-        reward.score(samples[:count], [text] * count, noise_level=math.inf, metadata=[context] * count)
+        for leaf in leaves(reward):
+            plain = getattr(leaf, "uncached", leaf)  # the samples are copies of one: a cache would know them
+            plain.score(samples[:count], [text] * count, noise_level=math.inf, metadata=[context] * count)
         meter.scored(count, time.perf_counter() - begin)
 
     scoring, _ = _line(device, score, "the reward", limit)
@@ -304,6 +320,8 @@ def _line(device: Any, run: Callable[[int], Any], what: str, limit: float) -> tu
 
 
 def _preview(sampler: Sampler, rows: Population) -> Population:
+    if hasattr(sampler, "previews"):  # results need more memory than previews by a cheaper decoder
+        sampler = sampler.view(previews=sampler.previews.in_full())
     try:
         return sampler.predict_x0(rows)
     except ValueError:  # no previews with this scheduler: a whole candidate tells
@@ -328,18 +346,20 @@ def _blank(state: RowState, device: Any) -> RowState:
 # --- the rehearsal --------------------------------------------------------------------------------------------
 
 
-class _StandIn:
+class _StandIn(RowsInPopulation):
     """A sampler that computes nothing, holds what the real one would, and tells the peaks of its operations."""
 
     def __init__(self, sampler: Sampler, footprint: Footprint, memory: TensorMemory) -> None:
         self.inner, self.footprint, self.memory = sampler, footprint, memory
         self.kept: dict[int, Tensor] = {}
+        self.drawn: Tensor | None = None
         self.most = {"model": 0, "decoder": 0, "reward": 0}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)  # stages, levels and costs are the real ones
 
     def init(self, request: Request, seeds: Sequence[Seed]) -> Population:
+        self.request = request
         for prompt in {s.prompt for s in seeds} - set(self.kept):
             self.memory.spike(self.footprint.encode, "encoder")
             self.kept[prompt] = torch.empty(self.footprint.kept, dtype=torch.uint8, device="meta")
@@ -366,11 +386,14 @@ class _StandIn:
         moved = self._moved(population, "perturb", strength, seeds)
         return replace(moved, state=self._state(population.stage, len(population)))
 
-    def select(self, population: Population, index: Sequence[int]) -> Population:
-        return population.select(index)
+    def noise(self, population: Population) -> Tensor:
+        """Of the shape that the sampler itself draws, or refused as it refuses."""
+        if self.drawn is None:
+            self.drawn = self.inner.noise(self.inner.init(self.request, self.request.seeds(0, 1, [0]))).cpu()
+        return self.drawn.expand(len(population), *self.drawn.shape[1:])
 
-    def concat(self, populations: Sequence[Population]) -> Population:
-        return Population.concat(populations)
+    def set_noise(self, population: Population, noise: Tensor, seeds: Sequence[int]) -> Population:
+        return population.begun_from(noise, seeds, self._state(0, len(population)))
 
     def decode(self, population: Population) -> Tensor:
         rows = len(population)
@@ -380,7 +403,10 @@ class _StandIn:
         return self.footprint.sample.new_empty((rows, *self.footprint.sample.shape[1:]))
 
     def view(self, **changes: Any) -> _StandIn:
-        return self
+        """The same tally, with the stages and costs of the view."""
+        made = _StandIn(self.inner.view(**changes), self.footprint, self.memory)
+        made.kept, made.most = self.kept, self.most
+        return made
 
     def _work(self, name: str, rows: int, size: float) -> None:
         self.most[name] = max(self.most[name], rows)
@@ -436,11 +462,14 @@ def _rehearse(
     memory = TensorMemory(["meta", "cpu"] if on_cpu else ["meta"])
     stand_in, ledger = _StandIn(sampler, footprint, memory), Ledger()
     metered = MeteredSampler(stand_in, ledger, None, sizes["rows"], sizes["decode_rows"], batch_buckets)
-    evaluate = Evaluator(metered, MeteredReward(_StandInReward(stand_in), ledger, sizes["reward_rows"]), request)
+    reward = MeteredReward(_StandInReward(stand_in), ledger, sizes["reward_rows"])
+    alike = MeteredFeatures(lambda samples: torch.zeros(len(samples), 1), ledger)
+    evaluate = Evaluator(metered, reward, request, alike if compares_features(search) else None)
     with memory, torch.no_grad():
         state = search.init(metered, request)
         while not search.done(state):
             state = search.step(state, metered, evaluate)
+            evaluate.forget()
     return _Rehearsed(memory.peak, memory.peak_at, stand_in.most)
 
 

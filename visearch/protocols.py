@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import groupby
@@ -25,15 +25,19 @@ from torch import Tensor
 __all__ = [
     "Batch",
     "Budgeted",
+    "Ensemble",
     "EtaStep",
     "Event",
+    "FullRenoise",
     "Meter",
     "Ode",
     "Population",
     "Registry",
     "Request",
     "Reward",
+    "RewardError",
     "RowState",
+    "RowsInPopulation",
     "Sampler",
     "Scores",
     "Sde",
@@ -41,12 +45,19 @@ __all__ = [
     "SearchState",
     "Seed",
     "Transition",
+    "leaves",
     "stable_hash",
+    "transition",
 ]
 
 
 def stable_hash(*parts: object) -> int:
-    """63-bit hash of its parts, the same in every process and version: the source of all derived seeds."""
+    """63-bit hash of its parts, the same in every process and version: the source of all derived seeds.
+
+    torch's generator on a CPU begins from the low 32 bits of a seed, so there any two seeds that agree in them give one
+    stream, a user's own seeds included. Of n derived seeds two do with probability n^2 / 2^33: 1e-7 for the 32
+    candidates of a prompt, 1e-4 for 1000, one half for 77000. Such rows keep ids of their own; one is a wasted sample.
+    """
     text = "\x1f".join(str(p) for p in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
@@ -76,6 +87,10 @@ class Request:
         generators: the user's own generators, j a prompt, prompt by prompt (mostly j = 1), kept as clones: candidates
             0..j-1 start where they stand now, whatever they draw later.
         prompt_ids: fixed before any sharding; default ``stable_hash(text, occurrence)`` within this request.
+        prompt_seeds: one a prompt, instead of ``seed``; see :func:`visearch.prompts.seed_of`.
+        rewrite: called with a prompt and k, gives the text that candidate k > 0 is generated from; the reward still
+            reads the original, and candidate 0 always follows the prompt as it is. Asked once for each candidate.
+        rewritten: what it gave so far, by prompt and candidate.
 
     Raises:
         ValueError: no prompt, a per-prompt sequence whose length is not P, or generators that are not j a prompt.
@@ -89,6 +104,9 @@ class Request:
     metadata: tuple[Mapping[str, Any] | None, ...] = ()
     generators: tuple[torch.Generator | None, ...] = ()
     prompt_ids: tuple[int, ...] = ()
+    prompt_seeds: tuple[int, ...] = ()
+    rewrite: Callable[[str, int], str] | None = None
+    rewritten: dict[tuple[int, int], str] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         count = len(self.prompts)
@@ -109,6 +127,8 @@ class Request:
             raise ValueError(f"generators has {len(self.generators)} entries for {count} prompts; give j a prompt")
         own = ("reward_prompts", "metadata", "prompt_ids")
         sized = [(name, getattr(self, name)) for name in own] + list(self.per_prompt.items())
+        if self.prompt_seeds:
+            sized.append(("prompt_seeds", self.prompt_seeds))
         for name, values in sized:
             if len(values) != count:
                 raise ValueError(f"{name} has {len(values)} entries for {count} prompts; give one a prompt")
@@ -120,9 +140,32 @@ class Request:
 
     def seed_of(self, prompt: int, candidate: int) -> int:
         own = self._given(prompt, candidate)
-        if candidate > 0 and own is None:
-            return stable_hash(self.seed, self.prompt_ids[prompt], candidate)
-        return self.seed if own is None else own.initial_seed()
+        if own is not None:
+            return own.initial_seed()
+        return self.derive(prompt, candidate) if candidate > 0 else self._seed(prompt)
+
+    def derive(self, prompt: int, *what: object) -> int:
+        """Seed of a draw that belongs to the search, not to a candidate: a stream of its own for each ``what``."""
+        return stable_hash(self._seed(prompt), self.prompt_ids[prompt], *what)
+
+    def _seed(self, prompt: int) -> int:
+        return self.prompt_seeds[prompt] if self.prompt_seeds else self.seed
+
+    def text(self, prompt: int, candidate: int) -> str | None:
+        """What the generator reads for a candidate.
+
+        Raises:
+            ValueError: ``rewrite`` gave something else than a text, or an empty one.
+        """
+        own = self.prompts[prompt]
+        if self.rewrite is None or candidate == 0 or own is None:
+            return own
+        if (prompt, candidate) not in self.rewritten:
+            text = self.rewrite(own, candidate)
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"rewrite gave {text!r} for candidate {candidate} of {own!r}; return a non-empty text")
+            self.rewritten[prompt, candidate] = text
+        return self.rewritten[prompt, candidate]
 
     def generator(self, seed: Seed, device: torch.device | str = "cpu") -> torch.Generator:
         """The candidate's own random stream, at its beginning.
@@ -150,8 +193,9 @@ def _clone(generator: torch.Generator) -> torch.Generator:
 class Event(NamedTuple):
     """One operation in the life of a row; the chain of them regenerates it.
 
-    ``op`` is ``"init"``, ``"fork"``, ``"perturb"`` or ``"renoise"``; ``seed`` began a random stream here;
-    ``value`` is the candidate number, the copy number, the strength or the stage re-noised to.
+    ``op`` is ``"init"``, ``"fork"``, ``"perturb"``, ``"renoise"`` or ``"noise"``; ``seed`` began a random stream here,
+    but for ``"noise"``, which keeps the stream and whose seed only tells rows apart; ``value`` is the candidate number,
+    the copy number, the strength, the stage re-noised to, or 0.
     """
 
     op: str
@@ -233,7 +277,10 @@ class Population:
         log_weight: (B,) float32.
         history: per row, the (stage, score) pairs seen so far along its lineage.
         rng_device: device of the random streams.
+        components: what the members of an ensemble of rewards gave in the latest score, higher is better: name -> (B,)
+            float32, NaN for a row that was not scored by it.
         batches: per row, the batches that it was carried in along its lineage.
+        noise: per row, the initial noise that :meth:`Sampler.set_noise` gave it, or ``None``.
     """
 
     stage: int
@@ -247,6 +294,8 @@ class Population:
     history: tuple[tuple[tuple[int, float], ...], ...] = ()
     rng_device: str = "cpu"
     batches: tuple[tuple[Batch, ...], ...] = ()
+    noise: tuple[Tensor | None, ...] = ()
+    components: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rows = len(self.lineage)
@@ -261,6 +310,8 @@ class Population:
         for name in ("history", "batches"):
             if not getattr(self, name):
                 object.__setattr__(self, name, ((),) * rows)
+        if not self.noise:
+            object.__setattr__(self, "noise", (None,) * rows)
 
     def __len__(self) -> int:
         return len(self.lineage)
@@ -273,7 +324,7 @@ class Population:
     @property
     def seed(self) -> tuple[int, ...]:
         """Per row, the seed of the stream it consumes now."""
-        return tuple(events[-1].seed for events in self.lineage)
+        return tuple(next(e.seed for e in reversed(events) if e.op != "noise") for events in self.lineage)
 
     @property
     def id(self) -> tuple[str, ...]:
@@ -285,11 +336,16 @@ class Population:
         events = self.lineage[row]
         return (int(self.prompt[row]), *((e.value, e.stage, e.seed, e.op) for e in events))
 
-    def scored(self, score: Tensor) -> Population:
-        """The same rows with a new score, (B,), appended to their history."""
+    def scored(self, score: Tensor, components: Mapping[str, Tensor] | None = None) -> Population:
+        """The same rows with a new score, (B,), appended to their history, and what it was made of."""
         values = score.detach().to("cpu", torch.float32)
         pairs = zip(self.history, values.tolist(), strict=True)
-        return replace(self, score=values, history=tuple((*h, (self.stage, v)) for h, v in pairs))
+        history = tuple((*h, (self.stage, v)) for h, v in pairs)
+        return replace(self, score=values, history=history, components=components or {})
+
+    def rescored(self, score: Tensor) -> Population:
+        """The same rows with another score, (B,), in the place of the latest one."""
+        return replace(self, history=tuple(h[:-1] for h in self.history)).scored(score, self.components)
 
     def carried(self, start: int) -> Population:
         """The same rows with a note in ``batches``: all of them came here from stage ``start`` in one model run."""
@@ -330,6 +386,8 @@ class Population:
             log_weight=self.log_weight[picked],
             history=tuple(self.history[r] for r in rows),
             batches=tuple(self.batches[r] for r in rows),
+            noise=tuple(self.noise[r] for r in rows),
+            components={name: values[picked] for name, values in self.components.items()},
         )
 
     @staticmethod
@@ -341,6 +399,8 @@ class Population:
         stages = {p.stage for p in parts}
         if len(stages) != 1:
             raise ValueError(f"rows at stages {sorted(stages)} cannot share a population; advance them to one stage")
+        names = dict.fromkeys(name for p in parts for name in p.components)
+        unknown = [torch.full((len(p),), math.nan) for p in parts]
         return replace(
             parts[0],
             prompt=torch.cat([p.prompt for p in parts]),
@@ -352,6 +412,11 @@ class Population:
             log_weight=torch.cat([p.log_weight for p in parts]),
             history=sum((p.history for p in parts), ()),
             batches=sum((p.batches for p in parts), ()),
+            noise=sum((p.noise for p in parts), ()),
+            components={
+                name: torch.cat([p.components.get(name, u) for p, u in zip(parts, unknown, strict=True)])
+                for name in names
+            },
         )
 
     def generators(self) -> list[torch.Generator]:
@@ -363,9 +428,32 @@ class Population:
             made.append(generator)
         return made
 
+    def begun_from(self, noise: Tensor, seeds: Sequence[int], state: RowState) -> Population:
+        """Rows at stage 0 that begin from ``noise``, (B, ...), with the state that a sampler made of it.
+
+        Raises:
+            ValueError: not at stage 0, or not one noise and one seed a row.
+        """
+        if self.stage != 0:
+            raise ValueError(f"rows are at stage {self.stage}; initial noise can be set at stage 0 only")
+        if len(noise) != len(self) or len(seeds) != len(self):
+            raise ValueError(f"{len(noise)} noises and {len(seeds)} seeds for {len(self)} rows; give one a row")
+        earlier = [tuple(e for e in events if e.op != "noise") for events in self.lineage]
+        lineage = tuple((*old, Event("noise", 0, int(s))) for old, s in zip(earlier, seeds, strict=True))
+        return replace(self, state=state, lineage=lineage, noise=tuple(noise.clone().unbind()))
+
     def snapshot(self) -> Population:
         """A copy that survives ``advance``, which may reuse its input's memory."""
         return replace(self, state=self.state.snapshot())
+
+    def to(self, device: torch.device | str) -> Population:
+        """The same rows with the sampler's tensors on a device, but for states of random streams (bytes).
+
+        Tensors without content, with which a rehearsal counts memory, stay where they are.
+        """
+        tensors = self.state.tensors.items()
+        moved = {k: t if t.is_meta or t.dtype == torch.uint8 else t.to(device) for k, t in tensors}
+        return replace(self, state=self.state.update(**moved))
 
     def save(self, folder: str | Path, name: str = "population") -> None:
         """Write ``<name>.safetensors`` and ``<name>.json``, each atomically.
@@ -380,7 +468,9 @@ class Population:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"state.{k}": t for k, t in self.state.tensors.items()}
         tensors |= {k: getattr(self, k) for k in ("prompt", "parent", "score", "log_weight")}
+        tensors |= {f"component.{name}": values for name, values in self.components.items()}
         tensors |= {f"rng.{i}": s for i, s in enumerate(self.rng)}
+        tensors |= {f"noise.{i}": n for i, n in enumerate(self.noise) if n is not None}
         meta = {
             "stage": self.stage,
             "axes": dict(self.state.axes),
@@ -420,6 +510,8 @@ class Population:
             history=tuple(tuple((int(s), float(v)) for s, v in h) for h in meta["history"]),
             rng_device=meta["rng_device"],
             batches=tuple(tuple(_batch(b) for b in made) for made in meta["batches"]),
+            noise=tuple(tensors.get(f"noise.{i}") for i in range(len(meta["lineage"]))),
+            components={k.removeprefix("component."): t for k, t in tensors.items() if k.startswith("component.")},
         )
 
 
@@ -440,27 +532,88 @@ def lineage_id(events: Sequence[Event]) -> str:
 
 @dataclass(frozen=True)
 class Ode:
-    """The sampler's own deterministic step."""
+    """The sampler's own step, as its scheduler takes it."""
 
 
 @dataclass(frozen=True)
 class Sde:
-    """Marginal-preserving stochastic step of Flow-GRPO (2505.05470), ``g = a sqrt(t / (1 - t))``; a >= 0."""
+    """Marginal-preserving stochastic step of Flow-GRPO (2505.05470), ``g = a sqrt(t / (1 - t))``; a >= 0, 0 is the ODE.
+
+    Raises:
+        ValueError: ``a`` is negative or not finite.
+    """
 
     a: float = 0.7
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.a < math.inf:
+            raise ValueError(f"a={self.a} of an Sde step must be a number of at least 0; 0 is the ODE, 0.7 the default")
 
 
 @dataclass(frozen=True)
 class EtaStep:
     """``x_s = alpha_s x0 + sqrt(sigma_s^2 - k^2) eps + k z``, ``k = eta sigma_s sqrt(1 - r^2)`` (DDIM, 2010.02502).
 
-    ``eta`` in [0, 1]: 0 is the ODE, 1 the DDPM posterior.
+    Args:
+        eta: in [0, 1]: 0 is the ODE, 1 the DDPM posterior.
+        first: eta of the first call. From pure noise r is 0, and any eta near 1 would discard the initial noise, and
+            with it what tells candidates apart: so 0 unless said otherwise.
+
+    Raises:
+        ValueError: either lies outside [0, 1].
     """
 
     eta: float = 1.0
+    first: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("eta", "first"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} of an EtaStep must lie in [0, 1]; 0 is the ODE, 1 DDPM")
+
+    def at(self, stage: int) -> float:
+        """eta of the call that begins at ``stage``."""
+        return self.eta if stage else self.first
 
 
-Transition = Ode | Sde | EtaStep
+@dataclass(frozen=True)
+class FullRenoise:
+    """``x_s = alpha_s x0 + sigma_s z``: all noise is drawn anew, as diffusers' ``stochastic_sampling`` does.
+
+    For consistency models. With other models it loses variance, since their x0 estimate is a mean: a third of the
+    standard deviation of a known target at 28 steps.
+    """
+
+
+Transition = Ode | Sde | EtaStep | FullRenoise
+
+TRANSITIONS: dict[str, Callable[..., Transition]] = {
+    "ode": Ode,
+    "sde": Sde,
+    "eta": EtaStep,
+    "ddpm": lambda: EtaStep(1.0, first=1.0),
+    "renoise": FullRenoise,
+}
+
+
+def transition(given: str | Transition) -> Transition:
+    """A transition by name: ``"ode"``, ``"sde:0.7"``, ``"eta:0.5"``, ``"ddpm"``, ``"renoise"``; others pass.
+
+    ``"ddpm"`` is eta 1 from the first call on, as DDIM schedulers take it; ``"eta:1"`` keeps the initial noise.
+
+    Raises:
+        ValueError: an unknown name, or a number that the transition does not take.
+    """
+    if isinstance(given, Transition):
+        return given
+    name, colon, value = str(given).partition(":")
+    if name not in TRANSITIONS or (colon and name not in ("sde", "eta")):
+        raise ValueError(f"transition {given!r} is unknown; use ode, sde[:a], eta[:eta], ddpm or renoise")
+    try:
+        number = [float(value)] if colon else []
+    except ValueError:
+        raise ValueError(f"transition {given!r}: {value!r} is no number; write it as {name}:0.5") from None
+    return TRANSITIONS[name](*number)
 
 
 # --- samplers -------------------------------------------------------------------------------------------------
@@ -477,6 +630,9 @@ class Meter(Protocol):
 
     def decode(self, rows: int, seconds: float) -> None: ...
 
+    def preview(self, rows: int, seconds: float, decoder: str) -> None:
+        """Rows whose preview a cheaper decoder made, by its name; they are no decodes."""
+
     def encode(self, rows: int, seconds: float) -> None: ...
 
     def skipped(self, rows: int) -> None:
@@ -489,6 +645,8 @@ class NullMeter:
     def forward(self, rows: int, seconds: float, kind: str = "denoiser", images: float = 0.0) -> None: ...
 
     def decode(self, rows: int, seconds: float) -> None: ...
+
+    def preview(self, rows: int, seconds: float, decoder: str) -> None: ...
 
     def encode(self, rows: int, seconds: float) -> None: ...
 
@@ -504,7 +662,10 @@ class Sampler(Protocol):
     never on its companions: bitwise for equal batch shapes, within 1e-4 in fp32 on CPU across batch shapes.
 
     A model that also answers questions about its images has one more method, ``ask(population, questions)`` ->
-    (B, Q) logits of "yes"; a search that needs it refuses samplers without it.
+    (B, Q) logits of "yes"; a search that needs it refuses samplers without it. One whose every step draws from the
+    row's stream anyway (tokens) says so by an attribute ``stochastic = True``: its copies diverge without a view. One
+    that learns in a run (how to decode previews) keeps that, JSON-able, in an attribute ``learned``, which the driver
+    saves with each round, and sets when a run begins: to ``None``, or to what an interrupted one had learned.
 
     Attributes:
         num_stages: T; stage 0 is noise, stage T the result.
@@ -534,11 +695,31 @@ class Sampler(Protocol):
     def predict_x0(self, population: Population) -> Population:
         """The rows as they would be if finished now: a population at stage T to be decoded. Stage 0 has none."""
 
+    def check_moves(self, stage: int) -> None:
+        """Raise what moving rows to ``stage``, or at it, would raise whatever they are; before any compute.
+
+        Raises:
+            ValueError: the sampler cannot do it.
+        """
+
     def renoise(self, population: Population, to_stage: int, seeds: Sequence[int]) -> Population:
         """Back to an earlier stage at exactly its noise level, with fresh noise from ``seeds`` (B,)."""
 
     def perturb(self, population: Population, strength: float, seeds: Sequence[int]) -> Population:
         """Stay at the stage and move: x -> sqrt(1 - b^2) x + b eps, or its like for tokens; 0 is a no-op."""
+
+    def noise(self, population: Population) -> Tensor:
+        """(B, ...) the Gaussian noise that rows at stage 0 begin from; of tokens, what stands behind all their draws.
+
+        Raises:
+            ValueError: not at stage 0, or noise that is not known.
+        """
+
+    def set_noise(self, population: Population, noise: Tensor, seeds: Sequence[int]) -> Population:
+        """The same rows beginning from other noise of that shape; each keeps its random stream.
+
+        ``seeds`` (B,) name the draws, so that rows which differ in their noise alone have ids of their own.
+        """
 
     def select(self, population: Population, index: Sequence[int]) -> Population:
         """Gather rows, repeats allowed; see :meth:`Population.select` for the streams of copies."""
@@ -559,16 +740,32 @@ class Sampler(Protocol):
         """
 
 
+class RowsInPopulation:
+    """``select`` and ``concat`` of a sampler that keeps nothing of its rows outside of their population."""
+
+    def select(self, population: Population, index: Sequence[int]) -> Population:
+        """Gather rows, repeats allowed; see :meth:`Population.select`."""
+        return population.select(index)
+
+    def concat(self, populations: Sequence[Population]) -> Population:
+        """Join populations of one stage."""
+        return Population.concat(populations)
+
+
 # --- rewards --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a reward returns: ``values`` (N,) float32 on CPU, in input order; a failed sample is NaN, with a reason."""
+    """What a reward returns: ``values`` (N,) float32 on CPU, in input order; a failed sample is NaN, with a reason.
+
+    ``components`` are parts of the values by name, (N,) each; ``cached`` of the N samples were found in a cache.
+    """
 
     values: Tensor
     components: Mapping[str, Tensor] = field(default_factory=dict)
     reasons: Mapping[int, str] = field(default_factory=dict)
+    cached: int = 0
 
 
 @runtime_checkable
@@ -582,6 +779,12 @@ class Reward(Protocol):
         licence: of code and weights.
         source: hub id, folder or paper.
         needs: subset of {"pixels", "tokens", "noise_level", "metadata", "stage_text"}.
+
+    Read where a reward has them: ``family`` (a judge of the guide's is refused), ``not_held_out_for`` (benchmarks that
+    it was made for), ``checker = True`` (its verdicts are right or wrong: reports tell the oracle), ``note``,
+    ``image_features``, ``config_hash`` (of weights and options), ``uncached`` (the reward behind a cache),
+    ``scored_by`` (the reward of what a sample is made of, as of the frames of a video), and ``resident()``, a block
+    within which its model stays on its device.
     """
 
     name: str
@@ -600,6 +803,46 @@ class Reward(Protocol):
         metadata: Sequence[Mapping[str, Any] | None] | None = None,
     ) -> Scores:
         """Score N samples: images (N, 3, H, W) or videos (N, F, 3, H, W) in [0, 1], or N PIL images."""
+
+
+class RewardError(RuntimeError):
+    """The reward broke its contract; what was finished before is kept."""
+
+
+@runtime_checkable
+class Ensemble(Reward, Protocol):
+    """A reward made of others, which the driver asks one by one.
+
+    Attributes:
+        members: none of them relative.
+        relative: whether a score depends on the other candidates of its prompt.
+    """
+
+    members: Sequence[Reward]
+    relative: bool
+
+    def combine(self, components: Mapping[str, Tensor], groups: Sequence[Hashable]) -> Tensor:
+        """(N,) scores of N samples, -inf where one failed.
+
+        Args:
+            components: member -> (N,) its scores, higher is better, -inf where it failed.
+            groups: N labels; equal ones are candidates of one prompt.
+        """
+
+
+def leaves(reward: Reward) -> tuple[Reward, ...]:
+    """The reward itself, or of an ensemble its members, and theirs."""
+    if not isinstance(reward, Ensemble):
+        return (reward,)
+    return tuple(leaf for member in reward.members for leaf in leaves(member))
+
+
+def identity(reward: Reward) -> str:
+    """What tells rewards of other weights or options apart: ``config_hash``, or the name where a reward has none."""
+    found = getattr(reward, "config_hash", None)
+    if found is None and isinstance(reward, Ensemble):
+        return f"{reward.name}: {', '.join(map(identity, reward.members))}"
+    return found or reward.name
 
 
 # --- searches -------------------------------------------------------------------------------------------------
@@ -639,7 +882,8 @@ class SearchState:
 class Budgeted(NamedTuple):
     """A search cut to fit a budget, and what it will cost for one prompt: exact, or (low, high) for seconds.
 
-    ``finals`` is how many candidates reach the last stage.
+    ``finals`` is how many candidates reach the last stage. Where what is dropped depends on the scores, ``exact`` is
+    False and all numbers are upper bounds, but ``finals`` a lower one.
     """
 
     search: Search
@@ -648,16 +892,29 @@ class Budgeted(NamedTuple):
     decodes: int
     rewards: int
     finals: int
+    exact: bool = True
 
 
-Evaluate = Callable[[Population], Population]
+class Evaluate(Protocol):
+    """How a search sees its rows."""
+
+    def __call__(self, population: Population) -> Population:
+        """The same rows with scores: of previews before the last stage."""
+
+    def features(self, population: Population) -> Tensor:
+        """(B, D) what the same decoded samples look like, to compare them by.
+
+        Raises:
+            ValueError: the run was given no features.
+        """
 
 
 class Search(Protocol):
     """A frozen dataclass of the paper's hyperparameters with pure ``init``, ``step`` and ``done``.
 
     One step is the method's own round. Searches never count, print, or loop over a budget; they hold metered
-    proxies, so they could not cheat if they wanted to.
+    proxies, so they could not cheat if they wanted to. One that shares its candidates over prompts has a class
+    attribute ``across_prompts = True``: its plan is the mean of a prompt, and what a prompt gets hangs on the others.
     """
 
     def plan(self, sampler: Sampler, max_nfe: int | None = None) -> Budgeted:

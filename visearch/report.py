@@ -5,14 +5,24 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["check_folder", "contact_sheet", "side_by_side", "versions", "write_image", "write_json"]
+from visearch.journal import replace_text
+
+__all__ = [
+    "check_folder",
+    "contact_sheet",
+    "markdown_table",
+    "side_by_side",
+    "versions",
+    "write_image",
+    "write_json",
+]
 
 INK, PAPER, MUTED, ACCENT = "#1b1f24", "#ffffff", "#667085", "#0a7d4f"
 
@@ -34,10 +44,14 @@ def check_folder(folder: str | Path) -> Path:
     return folder
 
 
+def markdown_table(heads: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown; bars within cells are escaped."""
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
 def write_json(path: Path, content: Any) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=True) + "\n")
-    os.replace(part, path)
+    replace_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=True) + "\n")
 
 
 def write_image(path: Path, image: Image.Image) -> None:

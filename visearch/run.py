@@ -5,20 +5,36 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from visearch.budget import ROUNDING, Budget, BudgetSpent, Evaluator, Ledger, MeteredReward, MeteredSampler
+from visearch.allocation import estimated_gain
+from visearch.budget import (
+    NO_FEATURES,
+    ROUNDING,
+    Budget,
+    BudgetSpent,
+    Evaluator,
+    Ledger,
+    MeteredFeatures,
+    MeteredReward,
+    MeteredSampler,
+)
 from visearch.checkpoint import fingerprint, load_state, save_state
+from visearch.diversity import Keep, compares_features
 from visearch.memory import plan
+from visearch.monitor import Report
 from visearch.protocols import Batch, Event, Population, Request, Reward, Sampler, Search, SearchState, Seed
+from visearch.search.nesting import repeat
 from visearch.selection import best_per_prompt, rank, top_k
 
 __all__ = ["Regenerated", "Round", "SearchResult", "regenerate", "run_search"]
 
+GAIN_FROM = 4  # finished candidates that an estimate of the next one's gain takes
 SAFETY = 1.2  # a candidate is begun only if 1.2 x the mean time of one still fits before the deadline
 
 
@@ -37,6 +53,7 @@ class SearchResult:
         pruned: candidates that the search dropped before the end, as in :class:`visearch.protocols.SearchState`.
         warnings: what went wrong without ending the run.
         held_out: reward -> its scores of the winners, for rewards that the search never saw.
+        report: candidate 0 and the winners before the reward and those others, where there are any.
     """
 
     request: Request
@@ -48,6 +65,7 @@ class SearchResult:
     pruned: tuple[dict[str, Any], ...] = ()
     warnings: tuple[str, ...] = ()
     held_out: dict[str, list[float]] = field(default_factory=dict)
+    report: Report | None = None
 
     def winners(self, k: int = 1) -> Population:
         """The k best rows of each prompt, prompt by prompt, best first.
@@ -55,9 +73,33 @@ class SearchResult:
         Raises:
             RuntimeError: nothing was finished.
         """
+        rows = self._rows()
+        return rows.select(top_k(rows, k))
+
+    def diverse(self, k: int, features: Callable[[Any], Tensor], rule: Keep | str = "auto") -> Population:
+        """k finished rows of each prompt that are good and unlike each other, prompt by prompt, best first.
+
+        Args:
+            k: rows a prompt; all where fewer are finished.
+            features: as for :func:`run_search`; counted in the ledger.
+            rule: a method of :func:`visearch.diversity.diverse_subset`, or a :class:`visearch.Keep` with its weight.
+
+        Raises:
+            ValueError: k below 1, or an unknown method.
+            RuntimeError: nothing was finished, or a resumed run no longer has the samples of its earlier rows.
+        """
+        rule, rows = Keep.of(rule), self._rows()
+        keys = list(zip(rows.prompt.tolist(), rows.id, strict=True))
+        if missing := [key for key in keys if key not in self.samples]:
+            raise RuntimeError(f"{len(missing)} rows were finished before a resume, and their samples are gone")
+        samples = [self.samples[key] for key in keys]
+        samples = torch.stack(samples) if all(map(torch.is_tensor, samples)) else samples
+        return rows.select(rule.choose(rows, k, MeteredFeatures(features, self.ledger)(samples)))
+
+    def _rows(self) -> Population:
         if self.finished is None:
             raise RuntimeError(f"the search stopped ({self.stopped}) before any candidate was finished") from self.error
-        return self.finished.select(top_k(self.finished, k))
+        return self.finished
 
     def save(self, folder: str | Path, k: int = 1) -> None:
         """Write the k winners of each prompt as ``winner.safetensors`` (final latents) and ``winner.json`` (lineage).
@@ -71,18 +113,23 @@ class SearchResult:
 
     @property
     def ranking(self) -> list[dict[str, Any]]:
-        """All finished candidates from best to worst: prompt, id, seed, score, lineage, history, batches; JSON-able."""
+        """All finished candidates from best to worst: prompt, id, seed, score, lineage, history, batches; JSON-able.
+
+        Of an ensemble of rewards, ``components`` holds what each member gave, higher is better.
+        """
         rows = self.finished
         if rows is None:
             return []
         return [
             {
-                "prompt": int(rows.prompt[r]),
+                "prompt": (p := int(rows.prompt[r])),
                 "id": rows.id[r],
                 "candidate": rows.candidate[r],
                 "seed": rows.seed[r],
                 "score": float(rows.score[r]),
+                **({"components": {k: float(v[r]) for k, v in rows.components.items()}} if rows.components else {}),
                 "lineage": [e._asdict() for e in rows.lineage[r]],
+                **({} if self.request.rewrite is None else {"text": self.request.text(p, rows.candidate[r])}),
                 "history": [list(h) for h in rows.history[r]],
                 "batches": [b._asdict() for b in rows.batches[r]],
             }
@@ -100,6 +147,9 @@ class Round:
         best: prompt -> best finished score.
         ledger: what has been spent so far.
         result: best so far; the run is over if ``last``.
+        previews: (prompt, id) -> latest decoded sample of each row that was scored in this step, dropped ones among
+            them; kept where :func:`run_search` is asked to, for this round alone.
+        scored: those rows with their scores and lineage, as they were then, without the sampler's tensors.
     """
 
     index: int
@@ -108,6 +158,8 @@ class Round:
     ledger: Ledger
     result: SearchResult
     last: bool = False
+    previews: dict[tuple[int, str], Any] = field(default_factory=dict)
+    scored: tuple[Population, ...] = ()
 
 
 def run_search(
@@ -124,6 +176,8 @@ def run_search(
     checkpoint: str | Path | None = None,
     cancelled: Callable[[], bool] = lambda: False,
     ledger: Ledger | None = None,
+    features: Callable[[Any], Tensor] | None = None,
+    previews: bool = False,
 ) -> Iterator[Round]:
     """Run ``search`` and yield a :class:`Round` after each of its steps; the last one has ``last=True``.
 
@@ -144,23 +198,35 @@ def run_search(
         checkpoint: folder to save each round to; an existing one of the same run is resumed.
         cancelled: asked between rounds.
         ledger: continue counting in this one.
+        features: gets N samples as the reward does, returns (N, D) by which a search may compare them: the larger the
+            cosine of two rows, the more alike the samples. See :mod:`visearch.rewards.features`.
+        previews: whether each round holds what was decoded in it; nothing is decoded for that.
 
     Raises:
-        ValueError: the budget is too small for one candidate, or the checkpoint belongs to another run.
+        ValueError: the budget is too small for one candidate, the checkpoint belongs to another run, the search prunes
+            by features and none are given, or a relative reward meets a limit or a search that needs a fixed scale.
     """
     budget, ledger = budget or Budget(), ledger or Ledger()
+    if getattr(reward, "relative", False):
+        _refuse_relative(reward, search, budget)
     begin, prompts = time.perf_counter(), len(request.prompts)
     metered = MeteredSampler(sampler, ledger, budget, rows, decode_rows, batch_buckets)
     scorer = MeteredReward(reward, ledger, reward_rows)
-    evaluate = Evaluator(metered, scorer, request)
+    described = None if features is None else MeteredFeatures(features, ledger, reward_rows)
+    evaluate = Evaluator(metered, scorer, request, described, previews)
+    if described is None and compares_features(search):
+        raise ValueError(NO_FEATURES)
     given, search = search, search.plan(metered, budget.rows_a_prompt(metered, prompts)).search
     state = search.init(metered, request)
-    print_of_run = fingerprint(request, search, metered.num_stages)
+    call = {**request.call, **getattr(sampler, "call", {})}
+    print_of_run, learned = checkpoint and fingerprint(request, search, reward, metered.num_stages, call), None
     if checkpoint is not None and (saved := load_state(checkpoint, state, getattr(sampler, "device", "cpu"))):
         state, extra = saved
         if extra["fingerprint"] != print_of_run:
             raise ValueError(f"checkpoint={str(checkpoint)!r} is of another run; delete it or choose another folder")
         vars(ledger).update(vars(Ledger.from_dict(extra["ledger"])))
+        request.rewritten.update({(p, k): text for p, k, text in extra["rewritten"]})
+        learned = extra["learned"]
         if hasattr(sampler, "request"):
             sampler.request = request  # saved rows come without the init that tells it
     for note in state.notes:
@@ -170,7 +236,12 @@ def run_search(
     if _wants_plan(metered, search, request, budget):
         sizes = {"rows": rows, "decode_rows": decode_rows, "reward_rows": reward_rows}
         fits = plan(sampler, reward, given, request, budget, **sizes, batch_buckets=batch_buckets, ledger=ledger)
-        metered.rows, metered.decode_rows, scorer.batch_size = fits.rows, fits.decode_rows, fits.reward_rows
+        metered.limits.update(rows=fits.rows, decode_rows=fits.decode_rows)
+        scorer.limit(fits.reward_rows)
+        if described is not None:
+            described.batch_size = fits.reward_rows
+    if hasattr(sampler, "learned"):
+        sampler.learned = learned  # of this run alone: not what an earlier one or the plan's probes taught
     ledger.begin_memory()
 
     def result(stopped: str, error: BaseException | None = None) -> SearchResult:
@@ -178,24 +249,28 @@ def run_search(
         notes = state.notes + tuple(scorer.warnings)
         if state.finished is not None and stopped != "running":
             notes += _all_failed(state.finished, request)
-        return SearchResult(request, state.finished, ledger, stopped, error, evaluate.samples, state.pruned, notes)
+        rows = state.finished
+        keys = set() if rows is None else set(zip(rows.prompt.tolist(), rows.id, strict=True))
+        samples = {key: sample for key, sample in evaluate.samples.items() if key in keys}  # drafts are none
+        return SearchResult(request, rows, ledger, stopped, error, samples, state.pruned, notes)
 
     def make_round(stopped: str, error: BaseException | None = None, last: bool = False) -> Round:
         rows = state.finished
         best = {} if rows is None else best_per_prompt(rows, range(prompts))
         scores = {p: float(rows.score[r]) for p, r in best.items()} if rows is not None else {}
-        return Round(state.round, state, scores, ledger, result(stopped, error), last)
+        found = result(stopped, error)
+        return Round(state.round, state, scores, ledger, found, last, evaluate.previews, evaluate.scored)
 
     stopped, error = "done", None
     while not search.done(state):
+        evaluate.forget()
         elapsed = time.perf_counter() - begin
-        room = _room(budget, ledger, metered, state, elapsed)
-        rows_left = _room(replace(budget, max_seconds=None), ledger, metered, state, elapsed)
-        limit = "budget" if room == rows_left else "deadline"
+        room, limit = _room(budget, ledger, metered, state, elapsed, before + elapsed)
         if cancelled():
             room, limit = 0.0, "cancelled"
         unfinished = state.live is not None and state.finished is None  # may still finish its best row
-        if room is not None and room < 1 and not unfinished:
+        shared = len(state.open_prompts) if getattr(search, "across_prompts", False) else 1
+        if room is not None and room * shared < 1 - ROUNDING and not unfinished:
             stopped = limit
             break
         price = _price(ledger) if state.price is None else state.price
@@ -214,12 +289,33 @@ def run_search(
         state = _close_prompts(replace(state, room=None), budget)
         if checkpoint is not None:
             ledger.seconds["total"] = before + time.perf_counter() - begin
-            _save(checkpoint, state, {"ledger": ledger.as_dict(), "fingerprint": print_of_run}, scorer)
+            texts = [[*of, text] for of, text in request.rewritten.items()]
+            extra = {"ledger": ledger.as_dict(), "fingerprint": print_of_run, "rewritten": texts}
+            extra["learned"] = getattr(sampler, "learned", None)
+            _save(checkpoint, state, extra, scorer)
         if search.done(state):
             stopped = limit if state.cut else "done" if state.open_prompts else "closed"
             break
         yield make_round("running")
     yield make_round(stopped, error, last=True)
+
+
+def _refuse_relative(reward: Reward, search: Search, budget: Budget) -> None:
+    """Raise where scores that tell candidates of one prompt apart would be held against anything else."""
+    limits = [f"{name}={value}" for name in ("target", "min_gain") if (value := getattr(budget, name)) is not None]
+    if _shares_over_prompts(search):
+        limits.append(f"{type(search).__name__}, which shares candidates over prompts,")
+    if limits:
+        raise ValueError(
+            f"{limits[0]} needs scores on a fixed scale, and {reward.name} is relative to a prompt's other candidates; "
+            "join its members by a weighted sum, or by a z-score with reference="
+        )
+
+
+def _shares_over_prompts(search: Any) -> bool:
+    """Whether a search, or one inside it, compares scores of different prompts."""
+    parts = [getattr(search, f.name) for f in fields(search)] if is_dataclass(search) else []
+    return getattr(search, "across_prompts", False) or any(map(_shares_over_prompts, parts))
 
 
 def _wants_plan(metered: MeteredSampler, search: Search, request: Request, budget: Budget) -> bool:
@@ -228,35 +324,37 @@ def _wants_plan(metered: MeteredSampler, search: Search, request: Request, budge
     return budget.max_memory is not None or (metered.device.type == "cuda" and several)
 
 
-def _room(budget: Budget, ledger: Ledger, sampler: Sampler, state: SearchState, elapsed: float) -> float | None:
-    """Whole candidates a prompt that still fit the remaining rows and seconds; ``None`` is no limit."""
+def _room(
+    budget: Budget, ledger: Ledger, sampler: Sampler, state: SearchState, elapsed: float, spent: float
+) -> tuple[float | None, str]:
+    """Whole candidates a prompt that still fit (``None`` is no limit), and what stops more: "budget" or "deadline"."""
     prompts, limits = max(1, len(state.open_prompts)), []
     whole = prompts * sampler.nfe(0, sampler.num_stages)
     if budget.max_nfe is not None:
-        limits.append((budget.max_nfe - ledger.nfe) / whole)
+        limits.append(((budget.max_nfe - ledger.nfe) / whole, "budget"))
     if budget.max_images is not None:
-        limits.append((budget.max_images - ledger.images + ROUNDING) / prompts)
+        limits.append(((budget.max_images - ledger.images + ROUNDING) / prompts, "budget"))
     if budget.max_seconds is not None:
-        if ledger.nfe == 0:
-            limits.append(1.0)  # the first candidate tells how long one takes
-        else:
-            each = SAFETY * elapsed / ledger.nfe * whole if elapsed else 0.0
-            limits.append((budget.max_seconds - elapsed) / each if each else 1.0)
-    return max(0.0, min(limits)) if limits else None
+        room = 1.0  # the first candidate tells how long one takes
+        if ledger.nfe and elapsed:
+            room = (budget.max_seconds - elapsed) / (SAFETY * spent / ledger.nfe * whole)
+        limits.append((room, "deadline"))
+    return min(((max(0.0, room), name) for room, name in limits), default=(None, "budget"))  # "budget" where equal
 
 
 def _price(ledger: Ledger) -> float | None:
     """What one decode and score costs in model rows by the seconds spent so far; ``None`` while nothing tells."""
-    seconds = ledger.seconds
-    if not (ledger.decodes and ledger.nfe and seconds["denoiser"]):
+    seconds, looks = ledger.seconds, ledger.decodes + ledger.previews.total()
+    if not (looks and ledger.nfe and seconds["denoiser"]):
         return None
-    return (seconds["decode"] + seconds["reward"]) / ledger.decodes / (seconds["denoiser"] / ledger.nfe)
+    spent = seconds["decode"] + seconds["preview"] + seconds["reward"]
+    return spent / looks / (seconds["denoiser"] / ledger.nfe)
 
 
 def _close_prompts(state: SearchState, budget: Budget) -> SearchState:
     """Prompts that reached the target or stopped improving get no more candidates."""
     rows = state.finished
-    if rows is None or (budget.target is None and budget.patience is None):
+    if rows is None or (budget.target is None and budget.patience is None and budget.min_gain is None):
         return state
     still_open = []
     for prompt in state.open_prompts:
@@ -265,7 +363,9 @@ def _close_prompts(state: SearchState, budget: Budget) -> SearchState:
         best = max(scores, default=float("-inf"))
         since = len(scores) - 1 - scores.index(best) if scores else 0
         reached = budget.target is not None and best >= budget.target
-        if not reached and (budget.patience is None or since < budget.patience):
+        stale = budget.patience is not None and since >= budget.patience
+        little = budget.min_gain is not None and len(scores) >= GAIN_FROM and estimated_gain(scores) < budget.min_gain
+        if not (reached or stale or little):
             still_open.append(prompt)
     return replace(state, open_prompts=tuple(still_open))
 
@@ -331,7 +431,10 @@ def regenerate(sampler: Sampler, request: Request, row: Population, exact: bool 
         with torch.no_grad():
             again = sampler.init(request, seeds).select([0])  # init encodes the prompts that its batches will hold
             for step in steps:
-                again = (_carry if isinstance(step, Batch) else _repeat)(sampler, again, step)
+                if isinstance(step, Event) and step.op == "noise":
+                    again = sampler.set_noise(again, row.noise[0][None], [step.seed])
+                else:
+                    again = (_carry if isinstance(step, Batch) else repeat)(sampler, again, step)
     finally:
         sampler.meter = meter
     return Regenerated(again, _drift(again, row), ledger)
@@ -355,16 +458,6 @@ def _script(row: Population, exact: bool) -> list[Event | Batch]:
             raise ValueError(f"the batch that carried this row on from stage {stage} is not recorded; use exact=False")
         stage = steps[-1].stop
     return steps
-
-
-def _repeat(sampler: Sampler, row: Population, event: Event) -> Population:
-    """One operation of a row's lineage."""
-    if event.op == "fork":
-        copy = int(event.value)
-        return row.select([0] * (copy + 1)).select([copy])
-    if event.op == "renoise":
-        return sampler.renoise(row, int(event.value), [event.seed])
-    return sampler.perturb(row, event.value, [event.seed])
 
 
 def _carry(sampler: Sampler, row: Population, batch: Batch) -> Population:

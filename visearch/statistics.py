@@ -1,4 +1,4 @@
-"""Intervals for means of images that share prompts: cluster bootstrap, paired comparison, detectable effect.
+"""Intervals for means of images that share prompts, and the curves of best-of-n that searches are measured by.
 
 Shapes: N = values, C = clusters (prompts), D = bootstrap draws. Images of one prompt are not independent, so whole
 prompts are resampled, each with all its images. Needs numpy alone.
@@ -7,8 +7,9 @@ prompts are resampled, each with all its images. Needs numpy alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from statistics import NormalDist
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import ArrayLike
 
 DRAWS = 2000
 LEVEL = 0.95
+ROUNDING = 1e-6  # a size this close to a whole number is that number
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class Interval:
     low: float
     high: float
     clusters: int
+
+    def __format__(self, spec: str) -> str:
+        """``mean [low, high]``, each number by ``spec``, such as ``+.3f``."""
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]" if spec else str(self)
 
     def to_dict(self) -> dict[str, float | int]:
         return asdict(self)
@@ -100,9 +106,23 @@ def mean_interval(
         draws: D.
         seed: of the resampling; equal arguments give equal intervals.
     """
-    sums, sizes = cluster_totals(values, clusters)
-    totals = resample(np.stack([sums, sizes], axis=1), np.random.default_rng(seed), draws)
-    return percentile_interval(sums.sum() / sizes.sum(), totals[:, 0] / totals[:, 1], len(sums), level)
+    return ratio_interval(*cluster_totals(values, clusters), level=level, draws=draws, seed=seed)
+
+
+def ratio_interval(
+    numerator: np.ndarray, denominator: np.ndarray, *, level: float = LEVEL, draws: int = DRAWS, seed: int = 0
+) -> Interval:
+    """Ratio of two sums over clusters, ``(C,)`` each; draws whose denominator is not above 0 say nothing.
+
+    Raises:
+        ValueError: the denominators do not sum to more than 0.
+    """
+    if not denominator.sum() > 0:
+        raise ValueError(f"denominator sums to {denominator.sum():g}; there is no ratio to a sum that is not above 0")
+    totals = resample(np.stack([numerator, denominator], axis=1), np.random.default_rng(seed), draws)
+    totals = totals[totals[:, 1] > 0]
+    ratio = numerator.sum() / denominator.sum()
+    return percentile_interval(ratio, totals[:, 0] / totals[:, 1], len(numerator), level)
 
 
 def paired_interval(
@@ -159,6 +179,28 @@ def minimum_detectable_effect(
     return float((normal.inv_cdf((1 + level) / 2) + normal.inv_cdf(power)) * error)
 
 
+def resampled_interval(totals: np.ndarray, of: Callable[[np.ndarray], np.ndarray]) -> Interval:
+    """Of a function of sums over C clusters: ``of`` maps sums (D, K) of ``totals (C, K)`` to (D,)."""
+    draws = of(resample(totals, np.random.default_rng(0)))
+    return percentile_interval(of(totals.sum(0, keepdims=True))[0], draws, len(totals))
+
+
+def worth_interval(values: np.ndarray, spent: np.ndarray, curve: np.ndarray) -> Interval:
+    """n at which best-of-n has the same mean value as a search, over what the search spends; at most S over that.
+
+    Args:
+        values: (P,) of what a search picks.
+        spent: (P,) in candidates.
+        curve: (P, S) of best-of-n, ascending in the mean over P.
+    """
+
+    def of(sums: np.ndarray) -> np.ndarray:
+        value, cost, best = np.split(sums, [1, 2], axis=1)
+        return curve_reach(best, value[:, 0]) * len(values) / cost[:, 0]
+
+    return resampled_interval(np.column_stack([values, spent, curve]), of)
+
+
 def _differences(a: ArrayLike, b: ArrayLike) -> np.ndarray:
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if left.shape != right.shape:
@@ -183,9 +225,56 @@ def expected_best(rewards: ArrayLike, n: int, values: ArrayLike | None = None) -
     worth = order if values is None else np.asarray(values, dtype=np.float64)
     if order.ndim != 1 or worth.shape != order.shape:
         raise ValueError(f"rewards has shape {order.shape} and values {worth.shape}; give one number a candidate each")
-    size = len(order)
-    if not 1 <= n <= size:
-        raise ValueError(f"n is {n}; a pool of {size} candidates allows 1 to {size}")
-    ascending = worth[np.argsort(-order, kind="stable")[::-1]]
-    chances = [math.comb(i - 1, n - 1) / math.comb(size, n) for i in range(n, size + 1)]
-    return float(np.dot(ascending[n - 1 :], chances))
+    if not 1 <= n <= len(order):
+        raise ValueError(f"n is {n}; a pool of {len(order)} candidates allows 1 to {len(order)}")
+    return float(np.dot(worth[_ascending(order)], _chances(len(order))[n - 1]))
+
+
+def best_of_curve(rewards: ArrayLike, values: ArrayLike | None = None) -> np.ndarray:
+    """``expected_best`` for n = 1 to S at once: ``(..., S)`` of ``rewards (..., S)`` and ``values`` of the same shape.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    order = np.asarray(rewards, dtype=np.float64)
+    worth = order if values is None else np.asarray(values, dtype=np.float64)
+    if worth.shape != order.shape:
+        raise ValueError(f"rewards has shape {order.shape} and values {worth.shape}; give one number a candidate each")
+    return np.take_along_axis(worth, _ascending(order), -1) @ _chances(order.shape[-1]).T
+
+
+def curve_at(curve: np.ndarray, n: ArrayLike) -> np.ndarray:
+    """(...) of best-of-n's curves (..., S) at ``n``, a number or (...), cut to 1 to S.
+
+    A fraction is that share of prompts with one candidate more.
+    """
+    size = curve.shape[-1]
+    n = np.broadcast_to(n, curve.shape[:-1]).clip(1, size)
+    low = np.floor(n + ROUNDING).astype(int)
+    at, after = _of_size(curve, low), _of_size(curve, (low + 1).clip(max=size))
+    return at + (n - low).clip(0, 1) * (after - at)
+
+
+def curve_reach(curve: np.ndarray, target: ArrayLike) -> np.ndarray:
+    """(...) the n, 1 to S, fractions interpolated, at which ascending curves (..., S) first reach a target (...)."""
+    size, target = curve.shape[-1], np.asarray(target)
+    tie = 1e-9 * (1 + np.abs(target))
+    below = (curve < (target - tie)[..., None]).sum(-1).clip(1, size)
+    at, after = _of_size(curve, below), _of_size(curve, (below + 1).clip(max=size))
+    gap = np.where(after > at, after - at, 1.0)
+    return (below + ((target - at) / gap).clip(0, 1)).clip(max=size)
+
+
+def _of_size(curve: np.ndarray, n: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(curve, (n - 1)[..., None], -1)[..., 0]
+
+
+def _ascending(rewards: np.ndarray) -> np.ndarray:
+    return np.argsort(-rewards, axis=-1, kind="stable")[..., ::-1]
+
+
+@cache
+def _chances(size: int) -> np.ndarray:
+    """``(S, S)``: the chance that the best of n (row n - 1) is the i-th in ascending order (column i - 1)."""
+    sizes = range(1, size + 1)
+    return np.array([[math.comb(i - 1, n - 1) / math.comb(size, n) for i in sizes] for n in sizes])

@@ -7,15 +7,17 @@ import inspect
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from visearch.options import add_command, device_of, load, model_arguments
 
 __all__ = ["add_parser"]
 
 STRATEGIES = ("batch", "rows", "whole", "refused")
 EXACT_STEPS = 4
 
-EPILOG = """
+EXAMPLES = """
 strategies:
   batch    candidates are stopped, dropped, copied and resumed at any step, together in one batch
   rows     the same, one candidate at a time: the class refuses batches, or its rows share random draws
@@ -40,25 +42,16 @@ probed from Python: visearch.pipelines.support.probe(pipe, {"prompt": ..., "imag
 """
 
 
-def add_parser(
-    commands: Any,
-    model_arguments: Callable[..., None],
-    load: Callable[[argparse.Namespace], tuple[Any, dict[str, Any]]],
-) -> None:
-    """Add the command.
-
-    Args:
-        commands: what ``add_subparsers`` gave.
-        model_arguments: adds the options that choose and load a model; takes the default model.
-        load: gives the pipeline and the arguments of its call, from those options.
-    """
-    parser = commands.add_parser(
+def add_parser(commands: Any) -> None:
+    """Add the command to what ``add_subparsers`` gave."""
+    parser = add_command(
+        commands,
         "pipelines",
+        lambda options: _probe(options) if options.model else _table(options),
         help="which pipeline classes can be searched, and how exactly",
         description="Without --model, prints what was measured for diffusers' pipeline classes. With --model, loads a "
         "pipeline and finds out for it.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="only classes whose name contains it, in any case")
     parser.add_argument("--strategy", action="append", choices=STRATEGIES, help="only these; may be repeated")
@@ -66,7 +59,6 @@ def add_parser(
     parser.add_argument("--exact", action="store_true", help="with --model: also run the model and compare")
     parser.add_argument("--prompt", default="a photo of two cows", help="with --model (default %(default)s)")
     model_arguments(parser, default=None)
-    parser.set_defaults(command=lambda options: _probe(options, load) if options.model else _table(options))
 
 
 def _table(options: argparse.Namespace) -> int:
@@ -98,14 +90,14 @@ def _table(options: argparse.Namespace) -> int:
     return 0
 
 
-def _probe(options: argparse.Namespace, load: Callable[[argparse.Namespace], tuple[Any, dict[str, Any]]]) -> int:
+def _probe(options: argparse.Namespace) -> int:
     from visearch.pipelines.support import probe
 
     if options.names or options.strategy:
         raise ValueError("names and --strategy choose lines of the table; leave them out with --model")
     if not options.prompt.strip():
         raise ValueError(f"--prompt {options.prompt!r} is empty; say what the image should show")
-    pipe, call = load(options)
+    pipe, call = load(options, device_of(options.device))
     known = inspect.signature(type(pipe).__call__).parameters
     if "prompt" in known:
         call = {"prompt": options.prompt, **call}

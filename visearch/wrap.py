@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,28 +18,38 @@ from diffusers.utils import BaseOutput
 from torch import nn
 from tqdm.auto import tqdm
 
-from visearch.budget import Budget, Ledger, MeteredReward
+from visearch.budget import Budget, Ledger
+from visearch.diversity import Keep
 from visearch.job import Job, Samplers
 from visearch.memory import Plan, plan
+from visearch.monitor import baselines, check_held_out, judged
 from visearch.pipelines import components
-from visearch.protocols import Reward, Search
+from visearch.pipelines.previews import PreviewDecoder
+from visearch.protocols import Budgeted, Population, Reward, Search
 from visearch.rewards import RewardLike, resolve
+from visearch.rewards.features import Features, FeaturesLike, resolve_features
+from visearch.rewards.images import to_pil
 from visearch.run import Round, SearchResult, run_search
-from visearch.search import SEARCHES
+from visearch.search import describe, parse
 
-__all__ = ["BarLedger", "Job", "SearchPipeline", "make_search"]
+__all__ = ["BarLedger", "Job", "Samplers", "SearchPipeline", "make_search", "resolve", "to_pil"]
 
 
 def make_search(search: str | Search | None, **fields: Any) -> Search:
-    """A search from its name and hyperparameters; objects are passed through; ``None`` is best-of-n.
+    """A search from its text, as :func:`visearch.search.parse` reads it, or a search; ``None`` is best-of-n.
+
+    Args:
+        fields: hyperparameters that win over those of the text.
 
     Raises:
-        ValueError: unknown name.
-        TypeError: a hyperparameter that the search does not have.
+        ValueError: what is given names no search; a hyperparameter that the search does not have, or out of range.
     """
-    if search is None or isinstance(search, str):
-        return SEARCHES.load(search or "best-of-n")(**fields)
-    return replace(search, **fields) if fields else search
+    made = parse(search or "best-of-n") if search is None or isinstance(search, str) else search
+    known = [f.name for f in dataclasses.fields(made)]
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"{describe(made)} has no hyperparameter {name!r}; it has {', '.join(known)}")
+    return replace(made, **fields) if fields else made
 
 
 class SearchPipeline:
@@ -53,8 +65,9 @@ class SearchPipeline:
     with schedulers that draw nothing and pipelines that draw each row's noise alone. A search returns the k best, best
     first, and draws each candidate from a random stream of its own, not as the plain pipeline's batch: one generator
     serves candidate 0 of every prompt from the same state, a list of generators candidate j from the prompt's j-th. A
-    best-of-n with n < k draws k. ``latents=`` are the noise of candidate 0 (of as many candidates as there are latents
-    a prompt); the others draw theirs.
+    best-of-n with n < k draws k. With ``diversity=`` the k are not the best but a set of good ones that are unlike each
+    other. ``latents=`` are the noise of candidate 0 (of as many candidates as there are latents a prompt); the others
+    draw theirs.
 
     ``callback_on_step_end`` hears of live steps, of all candidates, in the order in which they run, and may write
     there; what it writes after the very last step shows in the images returned, not in their scores.
@@ -64,18 +77,34 @@ class SearchPipeline:
 
     Args:
         pipe: any diffusers pipeline whose call loops over ``scheduler.step``.
-        reward: a name, a reward object, or a function ``(images, prompts) -> floats``.
-        search: a name or a search; default best-of-8.
+        reward: a name, a reward object, or a function ``(images, prompts) -> floats``; a sum of them as in
+            ``a + 0.5 * b`` or ``"pick-score + 0.5 * hps-v2.1"``, or a list, joined by average rank.
+        search: a search, or its text: ``"halving"``, ``"halving(n=16, preset='psp')"``; default best-of-8.
         budget: limits of one call; default none.
-        held_out: rewards that only score the winners, beside the one that guides.
+        held_out: judges, of other families than the reward that guides: they only score the winners and candidate 0 of
+            each prompt, which is drawn for them where the search dropped it. The result's ``report`` shows all side by
+            side, and warns where the reward rises and a judge falls. A judge with ``checker = True`` (GenEval's
+            verdicts) also scores all finished candidates and tells what an oracle would have picked.
         rows, decode_rows: most rows for the model and the decoder at once; default as many as fit.
         batch_buckets: the only batch sizes that the model may see, such as (1, 2, 4, 8), for compiled models.
+        diversity: how several images a prompt are chosen: a method of :func:`visearch.diversity.diverse_subset`, such
+            as ``"greedy"``, or a :class:`visearch.Keep` with its weight; default the best by the reward.
+        features: what images are compared by, there and in searches that prune by it: ``"thumbnails"``, a reward with
+            an image encoder by name, or a function of N samples that returns (N, D); default the image encoder of
+            ``reward``, or thumbnails.
+        rewrite: called with a prompt and k, gives the text that candidate k >= 1 is generated from, e.g. by a language
+            model. Candidate 0 follows the prompt as it is, and rewards always read that; ``prompt_2`` and negative
+            prompts stay.
+        preview: what decodes previews of unfinished candidates: ``"full"``, the pipeline's own VAE, ``"tiny"``,
+            ``"linear"`` or ``"auto"`` (:class:`visearch.pipelines.previews.PreviewDecoder`). Results are always full.
+        preview_decoder: for ``"tiny"`` and ``"auto"``: an ``AutoencoderTiny`` such as TAESD, its folder or hub id, or
+            a file in TAEHV's layout for latents with frames.
 
     ``.plan(...)``, called as the pipeline, tells the work and the memory of a call before it (:class:`visearch.Plan`).
 
     Raises:
         TypeError: ``pipe`` is no diffusers pipeline.
-        ValueError: unknown reward or search; a pipeline without a scheduler.
+        ValueError: unknown reward or search; a pipeline without a scheduler; a preview decoder of other latents.
         RuntimeError: on a call: a search is under way with a component of the pipeline, or a component was replaced
             while the search ran.
 
@@ -95,12 +124,29 @@ class SearchPipeline:
         rows: int | None = None,
         decode_rows: int | None = None,
         batch_buckets: Sequence[int] | None = None,
+        diversity: Keep | str | None = None,
+        features: FeaturesLike | None = None,
+        rewrite: Callable[[str, int], str] | None = None,
+        preview: str = "full",
+        preview_decoder: Any = None,
     ) -> Any:
         _check_pipeline(pipe)
         device = getattr(pipe, "_execution_device", "cpu")
         rewards = [resolve(r, device) for r in (reward, *held_out)]
+        check_held_out(rewards[:1], rewards[1:])
         sizes = {"rows": rows, "decode_rows": decode_rows, "batch_buckets": batch_buckets}
-        settings = _Settings(rewards[0], make_search(search), budget, rewards[1:], sizes)
+        settings = _Settings(
+            rewards[0],
+            make_search(search),
+            budget,
+            rewards[1:],
+            sizes,
+            rewrite,
+            Keep.of(diversity),
+            resolve_features(features, rewards[0], device),
+            preview,
+            PreviewDecoder(pipe, preview, preview_decoder).decoder,
+        )
         pipe = _plain(pipe)
         wrapped = object.__new__(_subclass(type(pipe), settings))
         object.__setattr__(wrapped, "__dict__", vars(pipe))
@@ -185,6 +231,11 @@ class _Settings:
     budget: Budget | None
     held_out: list[Reward]
     sizes: dict[str, Any]
+    rewrite: Callable[[str, int], str] | None = None
+    diversity: Keep | None = None
+    features: Features | None = None
+    preview: str = "full"
+    preview_decoder: nn.Module | None = None
 
 
 class _Session:
@@ -205,12 +256,11 @@ class _Session:
         settings, pipe = self.settings, self.pipe
         _check_scheduler(pipe)
         with _alone(pipe) as check:
-            budget = settings.budget
-            limit = None if budget is None else budget.max_nfe
-            job = Job.of(pipe, settings.search, *args, max_nfe=limit, samplers=self.samplers, **kwargs)
+            job = self._job(*args, **kwargs)
             _watch(job.sampler.call, check)
             self.result = None
-            for step in self._rounds(job):
+            planned = self._planned(job)
+            for step in self._rounds(job, planned):
                 self.result = step.result
                 check()
             result = self.result
@@ -220,20 +270,34 @@ class _Session:
             if result.error is not None:
                 result.error.add_note("the candidates finished before it are in .search_result of the pipeline")
                 raise result.error
-            output = job.output(result)
+            winners = job.chosen(result, settings.diversity, settings.features)
+            output = job.output(winners)
             check()
             self._leave(job.sampler.replay.left)
-            self.result = result = replace(result, held_out=self._held_out(job, result))
+            self.result = result = self._judged(job, planned.search, result, winners)
         if isinstance(output, BaseOutput):
             output.search = result
         return output
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
-        settings, limit = self.settings, getattr(self.settings.budget, "max_nfe", None)
+        settings = self.settings
         _check_scheduler(self.pipe)
         with _alone(self.pipe), torch.random.fork_rng(devices=[]):  # a seed may be drawn, as in the call
-            job = Job.of(self.pipe, settings.search, *args, max_nfe=limit, samplers=self.samplers, **kwargs)
+            job = self._job(*args, **kwargs)
             return plan(job.sampler, settings.reward, job.search, job.request, settings.budget, **settings.sizes)
+
+    def _job(self, *args: Any, **kwargs: Any) -> Job:
+        settings = self.settings
+        return Job.of(
+            self.pipe,
+            settings.search,
+            *args,
+            budget=settings.budget,
+            samplers=self.samplers,
+            rewrite=settings.rewrite,
+            previews=PreviewDecoder(self.pipe, settings.preview, settings.preview_decoder),
+            **kwargs,
+        )
 
     def _leave(self, attributes: dict[str, Any]) -> None:
         """Properties such as ``guidance_scale`` read as after a plain call; the pipeline gets no new attributes."""
@@ -241,11 +305,14 @@ class _Session:
         own.update({k: v for k, v in attributes.items() if k in own})
         self.left = {k: v for k, v in attributes.items() if k not in own}
 
-    def _rounds(self, job: Job) -> Iterator[Round]:
-        settings, prompts = self.settings, len(job.request.prompts)
-        budget = settings.budget
-        rows = None if budget is None else budget.rows_a_prompt(job.sampler, prompts)
-        total = prompts * job.search.plan(job.sampler, rows).nfe
+    def _planned(self, job: Job) -> Budgeted:
+        """The search as the run will cut it to the budget."""
+        budget = self.settings.budget
+        rows = None if budget is None else budget.rows_a_prompt(job.sampler, len(job.request.prompts))
+        return job.search.plan(job.sampler, rows)
+
+    def _rounds(self, job: Job, planned: Budgeted) -> Iterator[Round]:
+        settings, total = self.settings, len(job.request.prompts) * planned.nfe
         options = dict(getattr(self.pipe, "_progress_bar_config", {}))
         with tqdm(total=total, desc=type(job.search).__name__, unit="row", **options) as bar:
             yield from run_search(
@@ -253,18 +320,22 @@ class _Session:
                 settings.reward,
                 job.search,
                 job.request,
-                budget,
+                settings.budget,
                 **settings.sizes,
                 ledger=BarLedger(bar=bar),
+                features=settings.features,
             )
 
-    def _held_out(self, job: Job, result: SearchResult) -> dict[str, list[float]]:
-        winners = job.chosen(result)
-        keys = list(zip(winners.prompt.tolist(), winners.id, strict=True))
-        texts = [job.request.reward_prompts[p] for p, _ in keys]
+    def _judged(self, job: Job, search: Search, result: SearchResult, winners: Population) -> SearchResult:
         judges = self.settings.held_out
-        samples = torch.stack([result.samples[key] for key in keys]) if judges else None
-        return {r.name: MeteredReward(r, result.ledger)(samples, texts).tolist() for r in judges}
+        if not judges:
+            return result
+        reward = self.settings.reward
+        first = baselines(job.sampler, search, reward, result, winners, **self.settings.sizes)
+        report, scores = judged(reward, judges, result, *first, winners)
+        for warning in report.warnings:
+            warnings.warn(warning, stacklevel=4)
+        return replace(result, held_out=scores, report=report, warnings=result.warnings + report.warnings)
 
 
 def _watch(call: dict[str, Any], check: Callable[[], None]) -> None:

@@ -1,8 +1,9 @@
-"""Measure the generator of emoji-64 on validation prompts, one sample each, and draw its sample sheet and loss curves.
+"""Measure a generator of emoji-64 on validation prompts, one sample each, and draw its sample sheet and loss curves.
 
 python assets/build/evaluate_generator.py                                   # writes card.json and samples.png
 python assets/build/evaluate_generator.py --steps 10 15 25 --guidance 2 4 6 --shift 1 2 3   # a table, no files
 python assets/build/evaluate_generator.py --speed                           # only the seconds in card.json
+python assets/build/evaluate_generator.py --model emoji-64-v                # the four-step one; its card and samples
 python assets/build/evaluate_generator.py --curves WORK                     # curves.png from the training logs
 """
 
@@ -11,28 +12,31 @@ import hashlib
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import CogView4Pipeline, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from visearch import geneval
 from visearch.assets import scenes
-from visearch.pipelines import emoji
+from visearch.pipelines import MODELS, emoji
 from visearch.rewards.detector import load_judge
 
 FOLDER = Path(__file__).resolve().parents[1] / "emoji-64"
 BATCH = 16
 
 
-def sample(pipeline: CogView4Pipeline, rows: list[dict], seed: int, steps: int, guidance: float) -> list[Image.Image]:
+def sample(
+    pipeline: Any, rows: list[dict], seed: int, steps: int, guidance: float, model: str = emoji.NAME
+) -> list[Image.Image]:
     """One image per row of metadata; row i starts from the noise of seed ``1000 * seed + i``."""
     images = []
     for start in range(0, len(rows), BATCH):
         part = rows[start : start + BATCH]
         generators = [torch.Generator().manual_seed(1000 * seed + start + i) for i in range(len(part))]
-        options = {**emoji.DEFAULTS, "num_inference_steps": steps, "guidance_scale": guidance}
+        options = {**emoji.CALLS[model], "num_inference_steps": steps, "guidance_scale": guidance}
         images += pipeline([row["prompt"] for row in part], generator=generators, **options).images
     return images
 
@@ -46,16 +50,16 @@ def accuracy(name: str, images: list[Image.Image], rows: list[dict]) -> dict[str
     return {**by_task, "overall": round(float(np.mean(list(by_task.values()))), 3)}
 
 
-def seconds_per_image(pipeline: CogView4Pipeline, batch: int = 8) -> float:
-    """Seconds per image at the default settings with guidance, one prompt, after one warm-up call."""
+def seconds_per_image(pipeline: Any, batch: int, call: dict[str, Any]) -> float:
+    """Seconds per image at the default settings, one prompt, after one warm-up call."""
     prompt = "a photo of a red car and a blue cow"
-    pipeline(prompt, num_images_per_prompt=batch, **{**emoji.DEFAULTS, "num_inference_steps": 2})
+    pipeline(prompt, num_images_per_prompt=batch, **{**call, "num_inference_steps": 2})
     begin = time.perf_counter()
-    pipeline(prompt, num_images_per_prompt=batch, **emoji.DEFAULTS)
+    pipeline(prompt, num_images_per_prompt=batch, **call)
     return round((time.perf_counter() - begin) / batch, 3)
 
 
-def speeds(pipeline: CogView4Pipeline) -> dict[str, float]:
+def speeds(pipeline: Any, call: dict[str, Any]) -> dict[str, float]:
     """Seconds per image by precision, threads and batch; the best of three, so that a passing load does not count."""
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -63,7 +67,7 @@ def speeds(pipeline: CogView4Pipeline) -> dict[str, float]:
         for threads, batch in ((1, 1), (1, 8), (2, 1), (2, 8)):
             torch.set_num_threads(threads)
             key = f"{str(dtype).removeprefix('torch.')}, {threads} threads, batch {batch}"
-            found[key] = min(seconds_per_image(pipeline, batch) for _ in range(3))
+            found[key] = min(seconds_per_image(pipeline, batch, call) for _ in range(3))
     return found
 
 
@@ -99,9 +103,10 @@ def curves(work: Path, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", type=Path, default=FOLDER / "pipeline")
-    parser.add_argument("--steps", type=int, nargs="+", default=[emoji.DEFAULTS["num_inference_steps"]])
-    parser.add_argument("--guidance", type=float, nargs="+", default=[emoji.DEFAULTS["guidance_scale"]])
+    parser.add_argument("--model", choices=emoji.CALLS, default=emoji.NAME)
+    parser.add_argument("--pipeline", type=Path, help="of the flow model, instead of the one that ships")
+    parser.add_argument("--steps", type=int, nargs="+", help="default: the model's")
+    parser.add_argument("--guidance", type=float, nargs="+", help="default: the model's")
     parser.add_argument("--shift", type=float, nargs="+", help="values to try; default: what the pipeline ships")
     parser.add_argument("--seeds", type=int, default=1, help="samples per prompt")
     parser.add_argument("--limit", type=int, help="prompts per task")
@@ -114,41 +119,46 @@ def main() -> None:
     if args.curves:
         curves(args.curves, FOLDER / "curves.png")
         return
-    pipeline = DiffusionPipeline.from_pretrained(args.pipeline)
+    call, kind = emoji.CALLS[args.model], args.model.removeprefix(emoji.NAME)
+    folder, card_file = FOLDER / f"pipeline{kind}", FOLDER / f"card{kind}.json"
+    pipeline = DiffusionPipeline.from_pretrained(args.pipeline) if args.pipeline else MODELS.load(args.model)()
     pipeline.set_progress_bar_config(disable=True)
     if args.speed:
-        card = json.loads((FOLDER / "card.json").read_text())
-        card["seconds_per_image"] = speeds(pipeline)
-        (FOLDER / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+        card = json.loads(card_file.read_text())
+        card["seconds_per_image"] = speeds(pipeline, call)
+        card_file.write_text(json.dumps(card, indent=1) + "\n")
         print(json.dumps(card["seconds_per_image"], indent=1))
         return
     rows = []
     for tag in scenes.TAGS:
         rows += [row for row in scenes.prompts("validation") if row["tag"] == tag][: args.limit]
-    shifts = args.shift or [pipeline.scheduler.config.shift]
-    settings = [(s, g, h) for s in args.steps for g in args.guidance for h in shifts]
+    shifts = args.shift or [pipeline.scheduler.config.get("shift")]
+    steps_tried = args.steps or [call["num_inference_steps"]]
+    settings = [(s, g, h) for s in steps_tried for g in args.guidance or [call["guidance_scale"]] for h in shifts]
     for steps, guidance, shift in settings:
-        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, shift=shift)
-        images = [image for seed in range(args.seeds) for image in sample(pipeline, rows, seed, steps, guidance)]
+        if shift is not None:
+            pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, shift=shift)
+        drawn = (sample(pipeline, rows, seed, steps, guidance, args.model) for seed in range(args.seeds))
+        images = [image for part in drawn for image in part]
         results = {name: accuracy(name, images, rows * args.seeds) for name in args.judges}
         print(json.dumps({"steps": steps, "guidance": guidance, "shift": shift, **results}), flush=True)
-    if len(settings) > 1 or args.limit or args.pipeline != FOLDER / "pipeline":
+    if len(settings) > 1 or args.limit or args.pipeline:
         return
-    files = sorted(args.pipeline.rglob("*.safetensors"))
+    files = sorted(folder.rglob("*.safetensors"))
     card = {
-        "settings": {"num_inference_steps": steps, "guidance_scale": guidance, "shift": shift},
+        "settings": {"num_inference_steps": steps, "guidance_scale": guidance} | ({"shift": shift} if shift else {}),
         "prompts": f"{len(rows)} validation prompts, {args.seeds} samples each",
         "accuracy": results,
         "parameters": {
             part: sum(p.numel() for p in getattr(pipeline, part).parameters())
             for part in ("vae", "transformer", "text_encoder")
         },
-        "bytes": sum(file.stat().st_size for file in args.pipeline.rglob("*") if file.is_file()),
-        "sha256": {str(f.relative_to(args.pipeline)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files},
+        "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        "sha256": {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files},
     }
-    card["seconds_per_image"] = speeds(pipeline)
-    (FOLDER / "card.json").write_text(json.dumps(card, indent=1) + "\n")
-    sheet(images[: len(rows)], rows, FOLDER / "samples.png")
+    card["seconds_per_image"] = speeds(pipeline, call)
+    card_file.write_text(json.dumps(card, indent=1) + "\n")
+    sheet(images[: len(rows)], rows, FOLDER / f"samples{kind}.png")
 
 
 if __name__ == "__main__":

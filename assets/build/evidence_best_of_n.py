@@ -21,6 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
+
+from visearch.report import markdown_table
+from visearch.statistics import expected_best, minimum_detectable_effect, paired_interval
 
 N = 8
 PREVIEWS = (0.125, 0.25, 0.5)
@@ -108,11 +112,6 @@ def load(split: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    ranks = [np.argsort(np.argsort(x)).astype(float) for x in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
 def overall(rows: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> float:
     """GenEval's overall: unweighted mean of the tasks' means."""
     tags = list(dict.fromkeys(r["tag"] for r in rows))
@@ -120,75 +119,84 @@ def overall(rows: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], fl
 
 
 def table(split: str) -> str:
-    from visearch.statistics import expected_best, minimum_detectable_effect, paired_interval
-
     rows = load(split)
     judges = list(rows[0]["verdicts"])
-    tags = list(dict.fromkeys(r["tag"] for r in rows))
     for r in rows:
         r["order"] = np.argsort(-np.array(r["reward"]), kind="stable")
         r["verdicts"] = {j: np.array(v, dtype=float) for j, v in r["verdicts"].items()}
-    text = [
-        f"{len(rows)} {split} prompts x {N} candidates ({sum(r['official'] for r in rows)} of GenEval's own prompts)\n"
+    official = sum(r["official"] for r in rows)
+    parts = [f"{len(rows)} {split} prompts x {N} candidates ({official} of GenEval's own prompts)"]
+    parts += [
+        gains(rows, judges),
+        tasks(rows, judges),
+        growth(rows, judges),
+        previews(rows),
+        nuisances(rows, judges[0]),
     ]
+    return "\n\n".join(parts)
 
-    columns = ["judge", "own error", "one sample", "best of 8", "paired gain (95 %)", "detectable", "oracle", "share"]
-    text += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+
+def gains(rows: Sequence[dict[str, Any]], judges: Sequence[str]) -> str:
+    """What each judge says of one sample, of the best of N and of the one that it would pick itself."""
+    heads = ["judge", "own error", "one sample", "best of 8", "paired gain (95 %)", "detectable", "oracle", "share"]
+    lines = []
     for j in judges:
         once = [r["verdicts"][j][0] for r in rows]
         best = [r["verdicts"][j][r["order"][0]] for r in rows]
-        gain = paired_interval(best, once)
-        detectable = minimum_detectable_effect(np.subtract(best, once))
-        mean = overall(rows, lambda r, j=j: r["verdicts"][j].mean())
-        picked = overall(rows, lambda r, j=j: r["verdicts"][j][r["order"][0]])
-        oracle = overall(rows, lambda r, j=j: r["verdicts"][j].max())
-        first = overall(rows, lambda r, j=j: r["verdicts"][j][0])
-        recovered = (picked - mean) / (oracle - mean) if oracle > mean else float("nan")
-        error = rows[0]["errors"].get(j)
-        own = "-" if error is None else f"{error:.1%}"
-        text.append(
-            f"| {j.upper()} | {own} | {first:.3f} | {picked:.3f} | {gain.mean:+.3f} "
-            f"[{gain.low:+.3f}, {gain.high:+.3f}] | {detectable:.3f} | {oracle:.3f} | {recovered:.0%} |"
+        first, picked, mean, oracle = (
+            overall(rows, lambda r, j=j, of=of: of(r["verdicts"][j], r["order"]))
+            for of in (lambda v, o: v[0], lambda v, o: v[o[0]], lambda v, o: v.mean(), lambda v, o: v.max())
         )
-    text.append(f"| field | | {FIELD['base']} | | | | | {FIELD['recovery']} |\n")
+        error = rows[0]["errors"].get(j)
+        cells = [j.upper(), "-" if error is None else f"{error:.1%}", f"{first:.3f}", f"{picked:.3f}"]
+        cells += [f"{paired_interval(best, once):+.3f}"]
+        cells += [f"{minimum_detectable_effect(np.subtract(best, once)):.3f}", f"{oracle:.3f}"]
+        lines.append([*cells, f"{(picked - mean) / (oracle - mean):.0%}" if oracle > mean else "nan%"])
+    lines.append(["field", "", FIELD["base"], "", "", "", "", FIELD["recovery"]])
+    return markdown_table(heads, lines)
 
-    text += ["| task | prompts | " + " | ".join(f"{j.upper()}: mean, best of 8, oracle" for j in judges) + " |"]
-    text += ["|---|---|" + "---|" * len(judges)]
-    for tag in tags:
+
+def tasks(rows: Sequence[dict[str, Any]], judges: Sequence[str]) -> str:
+    lines = []
+    for tag in dict.fromkeys(r["tag"] for r in rows):
         mine = [r for r in rows if r["tag"] == tag]
-        cells = []
+        cells = [tag, len(mine)]
         for j in judges:
-            values = [
-                np.mean([f(r["verdicts"][j], r["order"]) for r in mine])
-                for f in (lambda v, o: v.mean(), lambda v, o: v[o[0]], lambda v, o: v.max())
-            ]
+            values = (
+                np.mean([of(r["verdicts"][j], r["order"]) for r in mine])
+                for of in (lambda v, o: v.mean(), lambda v, o: v[o[0]], lambda v, o: v.max())
+            )
             cells.append(", ".join(f"{v:.2f}" for v in values))
-        text.append(f"| {tag} | {len(mine)} | " + " | ".join(cells) + " |")
+        lines.append(cells)
+    return markdown_table(["task", "prompts", *(f"{j.upper()}: mean, best of 8, oracle" for j in judges)], lines)
 
-    text += ["\n| best of n by reward | " + " | ".join(map(str, range(1, N + 1))) + " |", "|---|" + "---|" * N]
+
+def growth(rows: Sequence[dict[str, Any]], judges: Sequence[str]) -> str:
+    numbers, lines = range(1, N + 1), []
     for j in judges:
-        curve = [
-            overall(rows, lambda r, n=n, j=j: expected_best(r["reward"], n, r["verdicts"][j])) for n in range(1, N + 1)
-        ]
-        text.append(f"| {j.upper()} | " + " | ".join(f"{v:.3f}" for v in curve) + " |")
-    curve = [np.mean([expected_best(r["reward"], n) for r in rows]) for n in range(1, N + 1)]
-    text.append("| guided reward | " + " | ".join(f"{v:.2f}" for v in curve) + " |")
+        curve = [overall(rows, lambda r, n=n, j=j: expected_best(r["reward"], n, r["verdicts"][j])) for n in numbers]
+        lines.append([j.upper(), *(f"{v:.3f}" for v in curve)])
+    curve = [np.mean([expected_best(r["reward"], n) for r in rows]) for n in numbers]
+    lines.append(["guided reward", *(f"{v:.2f}" for v in curve)])
+    return markdown_table(["best of n by reward", *numbers], lines)
 
-    text += ["\n| Spearman of preview and final reward | 12 % | 25 % | 50 % of steps |", "|---|---|---|---|"]
-    found = [np.mean([spearman(np.array(r["previews"][i]), np.array(r["reward"])) for r in rows]) for i in range(3)]
-    text.append("| emoji-64 | " + " | ".join(f"{v:.2f}" for v in found) + " |")
-    text.append("| field | " + " | ".join(f"{v:.2f}" for v in FIELD["spearman"]) + " |")
 
+def previews(rows: Sequence[dict[str, Any]]) -> str:
+    found = [np.mean([spearmanr(r["previews"][i], r["reward"]).statistic for r in rows]) for i in range(len(PREVIEWS))]
+    lines = [(name, *(f"{v:.2f}" for v in own)) for name, own in (("emoji-64", found), ("field", FIELD["spearman"]))]
+    return markdown_table(["Spearman of preview and final reward", "12 %", "25 %", "50 % of steps"], lines)
+
+
+def nuisances(rows: Sequence[dict[str, Any]], judge: str) -> str:
     saturation, reward, right = (
         np.concatenate([center(value(r)) for r in rows])
-        for value in (lambda r: r["saturation"], lambda r: r["reward"], lambda r: r["verdicts"][judges[0]])
+        for value in (lambda r: r["saturation"], lambda r: r["reward"], lambda r: r["verdicts"][judge])
     )
-    text.append(
-        f"\nWithin a prompt, saturation correlates {np.corrcoef(saturation, reward)[0, 1]:+.2f} with the reward and "
-        f"{np.corrcoef(saturation, right)[0, 1]:+.2f} with being right (judge {judges[0].upper()}); "
+    return (
+        f"Within a prompt, saturation correlates {np.corrcoef(saturation, reward)[0, 1]:+.2f} with the reward and "
+        f"{np.corrcoef(saturation, right)[0, 1]:+.2f} with being right (judge {judge.upper()}); "
         f"{np.median([r['seconds'] for r in rows]) / N:.2f} s an image with three previews, batch of {N}."
     )
-    return "\n".join(text)
 
 
 def center(values: Any) -> np.ndarray:

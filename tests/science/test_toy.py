@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from visearch.pipelines.toy import GaussianToy, TokenToy
-from visearch.protocols import EtaStep, Request, Sde
+from visearch.protocols import EtaStep, Request
 
 
 def draw(sampler, n: int, stage: int | None = None):
@@ -84,7 +84,7 @@ def test_token_perturbation_redraws_the_exact_share_and_renoise_masks_the_rest()
 
 
 def test_views_that_do_not_exist_are_refused():
-    with pytest.raises(ValueError, match="EtaStep"):
-        GaussianToy().view(transition=Sde())
+    with pytest.raises(ValueError, match="transition= and cache="):
+        GaussianToy().view(guidance=2.0)
     with pytest.raises(ValueError, match="no other view"):
         TokenToy().view(transition=EtaStep())

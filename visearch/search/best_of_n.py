@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from visearch.protocols import Budgeted, Evaluate, Request, Sampler, SearchState
+from visearch.search._common import affordable, candidates_left, finished, whole_candidates
 
 __all__ = ["BestOfN"]
 
@@ -35,23 +36,18 @@ class BestOfN:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1; {name}=1 samples once")
 
     def plan(self, sampler: Sampler, max_nfe: int | None = None) -> Budgeted:
-        one = sampler.nfe(0, sampler.num_stages)
-        n = self.n if max_nfe is None else min(self.n, max_nfe // one)
-        if n < 1:
-            raise ValueError(f"max_nfe={max_nfe} a prompt is too small: one candidate costs {one} model rows")
-        images = n * sampler.cost(0, sampler.num_stages)
-        return Budgeted(replace(self, n=n), nfe=n * one, images=images, decodes=n, rewards=n, finals=n)
+        n = affordable(sampler, self.n, max_nfe)
+        return whole_candidates(replace(self, n=n), sampler, n)
 
     def init(self, sampler: Sampler, request: Request) -> SearchState:
         return SearchState(request, open_prompts=tuple(range(len(request.prompts))))
 
     def step(self, state: SearchState, sampler: Sampler, evaluate: Evaluate) -> SearchState:
         start = self._drawn(state)
-        count = min(self.batch, self.n - start, self.n if state.room is None else int(state.room))
+        count = candidates_left(state, min(self.batch, self.n - start))
         rows = sampler.init(state.request, state.request.seeds(start, start + count, state.open_prompts))
         rows = evaluate(sampler.advance(rows, sampler.num_stages))
-        done = rows if state.finished is None else sampler.concat([state.finished, rows])
-        return replace(state, finished=done, round=state.round + 1)
+        return replace(state, finished=finished(state, sampler, rows), round=state.round + 1)
 
     def done(self, state: SearchState) -> bool:
         return not state.open_prompts or self._drawn(state) >= self.n

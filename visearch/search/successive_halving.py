@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from visearch.diversity import Keep
 from visearch.protocols import Budgeted, Evaluate, Request, Sampler, SearchState
+from visearch.search._common import ROUNDING, affordable, check_stages, joined, rows_left, shares, unchecked
 from visearch.selection import prune
 
 __all__ = ["PRESETS", "SuccessiveHalving"]
@@ -22,7 +24,8 @@ PRESETS = {  # calls as shares of T, and the share that each check keeps
     "ttsnap-multi": ((5 / 20, 7 / 20, 12 / 20), (0.4, 0.5, 0.6)),
 }
 PRESETS["ttsnap"] = PRESETS["ttsnap-single"]
-ROUNDING = 1e-9  # 0.55 * 20 is 11.000000000000002
+PRESETS["steep"] = ((4 / 10, 6 / 10, 8 / 10), (0.45, 0.4, 0.4))
+THRIFTY = ("auto", "steep")  # what drops checks that cost more than they save; published schedules stay as they are
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,13 @@ class SuccessiveHalving:
     Presets: ``"psp"`` halves at T/4 and T/2 (2607.21591); ``"ttsnap-single"``, short ``"ttsnap"``, keeps .4, .4, .5
     after 3, 7, 12 of 20 calls and ``"ttsnap-multi"`` .4, .5, .6 after 5, 7, 12 (2511.22242, code; made for rewards that
     were trained on noisy previews). ``"auto"``, for plain rewards: no check where only N <= 2 candidates could be
-    finished, one at .45 T for N = 3, else .40 T and .70 T, each keeping half. It drops checks that cost more than they
-    save, ``K_{j-1} y >= (K_{j-1} - K_j) nfe(c_j, T)`` with y the price of one decode and score in model rows.
+    finished, one at .45 T for N = 3, else .40 T and .70 T, each keeping half. ``"steep"`` keeps .45, .4, .4 at .4, .6,
+    .8 T, for previews that tell early. The last two drop checks that cost more than they save, ``K_{j-1} y >= (K_{j-1}
+    - K_j) nfe(c_j, T)`` with y the price of one decode and score in model rows.
+
+    At N = 8, steep is worth 1.5 of emoji-64's best-of-8, but .72 (SDXL, HPS) to 1.35 (FLUX, ImageReward) on published
+    plain rewards, where auto is worth .98 to 1.29, psp .89 to 1.24, ttsnap .56 to .97, and what ``visearch calibrate``
+    finds 1.09 to 1.36 (``assets/build/evidence_published.py``): calibrate, or stay with auto.
 
     Args:
         n: most candidates to begin with, a prompt; ``None`` takes as many as the budget allows.
@@ -46,8 +54,10 @@ class SuccessiveHalving:
             next milestone. Checks at T vanish, as do those that drop nobody; of several on one stage the last counts.
         keep: one entry a call: floats in (0, 1) are shares of the candidates at the check, ints are candidates.
         check_cost: y. Given, no schedule costs more, its checks counted, than best-of-N in the same ``max_nfe``.
-            ``None``: a budget counts model rows alone, and ``"auto"`` leaves out a check after the first one where the
-            driver's measurement says so and its budget has room; only then the plan is not exact.
+            ``None``: a budget counts model rows alone, and ``"auto"`` and ``"steep"`` leave out a check after the first
+            one where the driver's measurement says so and its budget has room; only then the plan is not exact.
+        rule: which K_j stay where not the best alone are wanted, such as ``"coverage"``: fewer, but all modes. Shares
+            are then rounded up, to ``rule.least`` at least (2508.15773), and the run needs ``features``.
 
     Raises:
         ValueError: a field out of range, an unknown preset, or ``calls`` and ``keep`` of different lengths.
@@ -58,14 +68,13 @@ class SuccessiveHalving:
     calls: tuple[float | int, ...] | None = None
     keep: tuple[float | int, ...] | None = None
     check_cost: float | None = None
+    rule: Keep | str | None = None
 
     def __post_init__(self) -> None:
         for name in ("calls", "keep"):
             if (value := getattr(self, name)) is not None:
-                value = tuple(value) if isinstance(value, Sequence) else (value,)
-                if not all(v >= 1 if type(v) is int else type(v) is float and 0 < v < 1 for v in value):
-                    raise ValueError(f"{name}={value!r}: give shares as floats in (0, 1), or ints of at least 1")
-                object.__setattr__(self, name, value)
+                object.__setattr__(self, name, shares(name, value))
+        object.__setattr__(self, "rule", Keep.of(self.rule))
         if len(self.calls or ()) != len(self.keep or ()):
             raise ValueError(f"calls={self.calls} and keep={self.keep} must have one entry a check each")
         object.__setattr__(self, "preset", self.preset or ("auto" if self.calls is None else "explicit"))
@@ -78,20 +87,18 @@ class SuccessiveHalving:
             raise ValueError(f"check_cost={self.check_cost} must be at least 0 model rows, or None to measure it")
 
     def plan(self, sampler: Sampler, max_nfe: int | None = None) -> Budgeted:
-        end, one = sampler.num_stages, sampler.nfe(0, sampler.num_stages)
+        end = sampler.num_stages
         if self.n is None and max_nfe is None:
             raise ValueError("n=None takes the number of candidates from the budget; give max_nfe, or n")
-        if max_nfe is not None and max_nfe < one:
-            raise ValueError(f"max_nfe={max_nfe} a prompt is too small: one candidate costs {one} model rows")
-        price = self.check_cost if self.check_cost and self.preset == "auto" else 0.0
-        checks = self._checks(sampler, min(v for v in (self.n, max_nfe and max_nfe // one) if v is not None))
+        checks = self._checks(sampler, affordable(sampler, self.n, max_nfe))
+        price = self.check_cost if self.check_cost and self.preset in THRIFTY else 0.0
         while True:
             rows = self._widest(sampler, checks, max_nfe)
             held = {c: k for c, k in zip(checks, pairwise(rows), strict=True) if k[1] < k[0]}
             dear = [c for c, (before, after) in held.items() if not _pays(before, after, price, sampler.nfe(c, end))]
-            if not dear:
+            if not dear and (held or not checks):
                 break
-            del checks[dear[-1]]
+            checks = {c: k for c, k in checks.items() if held and c != dear[-1]}  # widened until idle, they hold back n
         stages, scores = (0, *checks, end), sum(set(rows))
         images = sum(k * sampler.cost(a, b) for k, (a, b) in zip(rows, pairwise(stages), strict=True))
         search = replace(self, n=rows[0], calls=tuple(held), keep=tuple(after for _, after in held.values()))
@@ -114,35 +121,34 @@ class SuccessiveHalving:
         """
         search, end, rows = self.plan(sampler).search, sampler.num_stages, state.live
         have = 0 if rows is None else rows.prompt.tolist().count(state.open_prompts[0])
-        joining = rows is None or bool(rows.score.isnan().all())  # no check was held so far
+        joining = unchecked(rows)
         begin, most = (0, search.n) if joining else (rows.stage, have)
         planned = zip(search.calls, pairwise((search.n, *search.keep)), strict=True)
         checks = {c: after / before for c, (before, after) in planned if c > begin}
         stages = (begin, *checks, end)
         first = stages[1]
 
-        room = math.inf if state.room is None else state.room * sampler.nfe(0, end) + ROUNDING
+        room = rows_left(state, sampler)
         paid = have * sampler.nfe(0, first) if joining else 0
-        fitting = (k for k in range(most, 1, -1) if _nfe(sampler, stages, _survivors(k, checks)) - paid <= room)
+        fitting = (k for k in range(most, 1, -1) if _nfe(sampler, stages, self._survivors(k, checks)) - paid <= room)
         k = next(fitting, 1)
         if joining and k > have:
-            new = sampler.init(state.request, state.request.seeds(have, k, state.open_prompts))
-            new = sampler.advance(new, first)
-            rows = new if rows is None else sampler.concat([rows, new])
+            rows = joined(state, sampler, have, k, first)
             if have == 0 and k < most:
                 return replace(state, live=rows, round=state.round + 1)
         kept, early = prune(rows, k, state.open_prompts)
         rows = sampler.select(rows, kept)
 
-        measured = self.preset == "auto" and self.check_cost is None and k * sampler.nfe(begin, end) - paid <= room
+        measured = self.preset in THRIFTY and self.check_cost is None and k * sampler.nfe(begin, end) - paid <= room
         price = state.price if measured and state.price else 0.0
-        left = zip(checks, _survivors(k, checks)[1:], strict=True)
+        left = zip(checks, self._survivors(k, checks)[1:], strict=True)
         stage, survivors = next((c for c in left if _pays(k, c[1], price, sampler.nfe(c[0], end))), (end, k))
         rows = evaluate(rows if rows.stage == stage else sampler.advance(rows, stage))
         state = replace(state, round=state.round + 1, cut=state.cut or k < most)
         if stage == end:
             return replace(state, live=None, finished=rows, pruned=state.pruned + early)
-        kept, late = prune(rows, survivors, state.open_prompts)
+        features = None if self.rule is None else evaluate.features(rows)
+        kept, late = prune(rows, survivors, state.open_prompts, self.rule, features)
         return replace(state, live=sampler.select(rows, kept), pruned=state.pruned + early + late)
 
     def done(self, state: SearchState) -> bool:
@@ -156,16 +162,26 @@ class SuccessiveHalving:
             keep = (0.5,) * len(calls)
         elif calls is None:
             calls, keep = PRESETS[self.preset]
-        wanted = [c if isinstance(c, int) else math.ceil(c * sampler.num_stages - ROUNDING) for c in calls]
-        if wanted != sorted(wanted):
-            raise ValueError(f"calls={calls} are stages {wanted} of {sampler.num_stages}; give them in ascending order")
-        stages = [next((m for m in sampler.milestones if m >= w), sampler.num_stages) for w in wanted]
-        return {c: kept for c, kept in zip(stages, keep, strict=True) if c < sampler.num_stages}
+        stages = zip(check_stages(sampler, calls), keep, strict=True)
+        return {c: kept for c, kept in stages if c < sampler.num_stages}
+
+    def _survivors(self, n: int, checks: Mapping[int, float | int]) -> list[int]:
+        """K_0 ... K_J from K_0 = n."""
+        rows = [n]
+        for a in checks.values():
+            if isinstance(a, int):
+                kept = a
+            elif self.rule is not None:
+                kept = self.rule.survivors(rows[-1], a)
+            else:
+                kept = max(1, math.floor(a * rows[-1] + 0.5 + ROUNDING))
+            rows.append(min(rows[-1], kept))
+        return rows
 
     def _widest(self, sampler: Sampler, checks: Mapping[int, float | int], max_nfe: int | None) -> list[int]:
         """K_0 ... K_J with the most candidates that fit, what is left of the budget spent on wider checks."""
         if max_nfe is None:
-            return _survivors(self.n, checks)
+            return self._survivors(self.n, checks)
         stages, bar = (0, *checks, sampler.num_stages), max_nfe // sampler.nfe(0, sampler.num_stages)
         price = self.check_cost or 0.0
 
@@ -176,22 +192,14 @@ class SuccessiveHalving:
 
         most = max_nfe // sampler.nfe(0, stages[1])
         most = most if self.n is None else min(most, self.n)
-        n = bisect_left(range(1, most + 1), True, key=lambda n: not fits(_survivors(n, checks)))
-        rows = _survivors(n, checks)
+        n = bisect_left(range(1, most + 1), True, key=lambda n: not fits(self._survivors(n, checks)))
+        rows = self._survivors(n, checks)
         for j, kept in reversed([*enumerate(checks.values(), 1)]):
             if n == self.n or isinstance(kept, int):
                 continue
             while rows[j] < rows[j - 1] and fits(wider := [*rows[:j], rows[j] + 1, *rows[j + 1 :]]):
                 rows = wider
         return rows
-
-
-def _survivors(n: int, checks: Mapping[int, float | int]) -> list[int]:
-    """K_0 ... K_J from K_0 = n."""
-    rows = [n]
-    for a in checks.values():
-        rows.append(min(rows[-1], a if isinstance(a, int) else max(1, math.floor(a * rows[-1] + 0.5 + ROUNDING))))
-    return rows
 
 
 def _nfe(sampler: Sampler, stages: Sequence[int], rows: Sequence[int]) -> int:

@@ -1,0 +1,186 @@
+"""One run: the plain sample, then the search's rounds as they come from the driver, then the judges; all as frames."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from visearch.app.board import Board, media_of
+from visearch.app.frames import Cost, Frame, Settings, Share
+from visearch.budget import Budget, Ledger
+from visearch.monitor import Baseline, judged
+from visearch.options import one_line
+from visearch.protocols import Reward
+from visearch.run import Round, SearchResult, run_search
+from visearch.search.best_of_n import BestOfN
+from visearch.statistics import best_of_curve
+from visearch.wrap import Job
+
+__all__ = ["Run"]
+
+log = logging.getLogger(__name__)
+
+PHASES = {"done": "done", "closed": "done", "budget": "budget", "deadline": "budget", "cancelled": "cancelled"}
+
+
+@dataclass
+class Run:
+    """One search of one prompt.
+
+    Args:
+        settings: as the page asked.
+        job: prompt, seed and search for the pipeline.
+        reward: guides.
+        judges: score baseline and winners after the end.
+        budget: limits.
+        cost: as planned.
+        notes: what to warn of whatever happens.
+
+    Attributes:
+        ledger: what the search spent.
+    """
+
+    settings: Settings
+    job: Job
+    reward: Reward
+    judges: Sequence[Reward]
+    budget: Budget
+    cost: Cost
+    notes: tuple[str, ...] = ()
+    ledger: Ledger = field(default_factory=Ledger)
+
+    def __post_init__(self) -> None:
+        self._board = Board(self.settings.prompt)
+        self._leaders: dict[float, str] = {}  # images spent -> who was the best finished one then
+
+    def frames(self, cancelled: Callable[[], bool]) -> Iterator[Frame]:
+        """The baseline, a frame a round, and the last one with the judges' scores.
+
+        Raises:
+            Exception: whatever ended the baseline or the judging; failures of the search are told in the last frame.
+        """
+        once = self._once()
+        frame = self._baseline(once)
+        yield frame
+        rounds = run_search(
+            self.job.sampler,
+            self.reward,
+            self.job.search,
+            self.job.request,
+            self.budget,
+            cancelled=cancelled,
+            ledger=self.ledger,
+            previews=True,
+        )
+        with closing(rounds):
+            for step in rounds:
+                self._board.update(step)
+                frame = self._after(frame, step)
+                yield frame
+        frame = self._ended(frame, step.result)
+        yield self._judged(frame, step.result, once) if self.judges and step.result.finished is not None else frame
+
+    def _once(self) -> SearchResult:
+        """Candidate 0 alone, as the plain pipeline draws it, and its score."""
+        *_, last = run_search(self.job.sampler, self.reward, BestOfN(n=1), self.job.request)
+        if last.result.error is not None:
+            raise last.result.error
+        return last.result
+
+    def _baseline(self, once: SearchResult) -> Frame:
+        settings = self.settings
+        return Frame(
+            settings,
+            "searching",
+            stages=self.job.sampler.num_stages,
+            cost=self.cost,
+            baseline=media_of(once.samples[0, "0"], f"{settings.prompt}: one sample of seed {settings.seed}"),
+            baseline_score=float(once.finished.score[0]),
+            beside=(Share("baseline", 1, once.ledger.seconds["total"], once.ledger.images),),
+            warnings=self.notes,
+        )
+
+    def _after(self, frame: Frame, step: Round) -> Frame:
+        rows, images, seconds = step.result.finished, self.ledger.images, self.ledger.seconds["total"]
+        curve, best = frame.curve, self._board.best
+        if rows is not None and len(rows) > sum(c.rank is not None for c in frame.candidates):
+            curve = (*curve, (images, step.best[0]))
+            self._leaders[images] = best
+        return replace(
+            frame,
+            index=step.index,
+            winner=best,
+            candidates=self._board.candidates,
+            images=images,
+            seconds=seconds,
+            eta=max(0.0, self.cost.images - images) * seconds / images if images else None,
+            ledger=_shares(self.ledger),
+            curve=curve,
+            best_of_n=_best_of_n(step.result),
+        )
+
+    def _ended(self, frame: Frame, result: SearchResult) -> Frame:
+        """How it ended, and the winner as the pipeline decodes it alone: batches may round otherwise."""
+        error = None if result.error is None else one_line(result.error)
+        if result.error is not None:
+            log.error("a search failed", exc_info=result.error)
+        if result.finished is not None:
+            with torch.no_grad():
+                self._board.show(frame.winner, self.job.sampler.decode(result.winners())[0])
+        return replace(
+            frame,
+            phase=PHASES.get(result.stopped, "failed"),
+            error=error,
+            eta=None,
+            candidates=self._board.candidates,
+            ledger=_shares(self.ledger),
+            warnings=(*frame.warnings, *result.warnings),
+        )
+
+    def _judged(self, frame: Frame, result: SearchResult, once: SearchResult) -> Frame:
+        """What the judges say of baseline and winner, and of whoever led before."""
+        place = {id: row for row, id in enumerate(result.finished.id)}
+        led = list(dict.fromkeys((frame.winner, *self._leaders.values())))
+        rows = result.finished.select([place[id] for id in led])
+        first = {0: Baseline("plain", once.finished, once.samples[0, "0"], float(rows.score[0]))}
+        report, scores = judged(self.reward, self.judges, result, first, Ledger(), rows)
+        return replace(
+            frame,
+            held_out={view.name: (view.base[0], view.picked[0]) for view in report.judges},
+            held_out_curve={
+                name: tuple((images, given[led.index(id)]) for images, id in self._leaders.items())
+                for name, given in scores.items()
+            },
+            warnings=(*report.warnings, *frame.warnings),
+            beside=(*frame.beside, Share("judges", report.ledger.rewards.total(), report.ledger.seconds["reward"])),
+        )
+
+
+def _best_of_n(result: SearchResult) -> tuple[tuple[int, float], ...]:
+    """(n, expected best of n) of candidates drawn for no reason but their number, where nothing was selected."""
+    rows = result.finished
+    if rows is None or result.pruned:
+        return ()
+    pairs = zip(rows.lineage, rows.score.tolist(), strict=True)
+    scores = [score for events, score in pairs if len(events) == 1 and math.isfinite(score)]
+    return tuple(enumerate(best_of_curve(scores).tolist(), 1)) if len(scores) > 1 else ()
+
+
+def _shares(ledger: Ledger) -> tuple[Share, ...]:
+    """The ledger, line by line; their seconds add up to the search's."""
+    seconds, previews = ledger.seconds, ledger.previews.total()
+    beside = ("encode", "decode", "preview", "reward", "probe", "total")
+    lines = [
+        Share("model", ledger.forwards, sum(s for kind, s in seconds.items() if kind not in beside), ledger.images),
+        Share("text encoder", ledger.encodes, seconds["encode"]),
+        Share("decoder", ledger.decodes, seconds["decode"]),
+        Share("preview decoder", previews, seconds["preview"]),
+        Share("reward", ledger.rewards.total(), seconds["reward"]),
+    ]
+    rest = seconds["total"] - sum(line.seconds for line in lines)
+    return (*(line for line in lines if line.calls), Share("all else", 0, max(0.0, rest)))
