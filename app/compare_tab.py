@@ -177,7 +177,7 @@ def _pair(values: Sequence[Any]) -> list[Settings]:
         raise ValueError(f"both searches are {one!r}; choose two different ones")
     if seed is None:
         raise ValueError("seed is empty; give a whole number such as 0")
-    both = Settings(prompt, model, one, reward, tuple(held_out), images, None, seed)
+    both = Settings(prompt, model, one, reward, tuple(held_out), images, None, seed, best_of_n=False)
     return [both, replace(both, search=other)]
 
 

@@ -46,6 +46,7 @@ class Settings:
         images: budget in image-equivalents (model rows of one image drawn to its end, guidance branches counted).
         seconds: budget in seconds, or ``None``.
         seed: of candidate 0, which is the baseline, too.
+        best_of_n: whether best-of-n of the same budget is drawn after the search, for comparison.
     """
 
     prompt: str
@@ -56,6 +57,7 @@ class Settings:
     images: int = 8
     seconds: float | None = None
     seed: int = 0
+    best_of_n: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Cost:
         finals: candidates finished.
         previews: previews decoded and scored.
         seconds: of this model on this machine by what it took before; ``None`` while unknown.
+        beside: image-equivalents of best-of-n that follow for comparison.
     """
 
     images: float
@@ -75,6 +78,7 @@ class Cost:
     finals: int
     previews: int
     seconds: float | None
+    beside: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -156,11 +160,13 @@ class Frame:
         ledger: what the search spent on what.
         beside: what the baseline and the judges took beside it, outside of the budget.
         curve: (images spent, best guided score so far) after each round that finished a candidate.
-        best_of_n: (n, expected best of n finished candidates' scores) by the run's own independent finals: what
-            best-of-N of so many images would have reached; ``()`` where the run has too few.
+        best_of_n: (n, expected best score of n candidates), as best-of-n of the same budget drew them, or the run
+            itself where nothing in it was selected; ``()`` while neither has two.
+        comparing: the search is over, and best-of-n is being drawn.
         held_out: judge -> (baseline's score, winner's score).
         held_out_curve: judge -> (images spent, score of the best by the guiding reward so far), at the points of
             ``curve``; the judges see them after the end.
+        held_out_best_of_n: judge -> (n, its expected score of the one that the guiding reward prefers of n).
         warnings: such as a reward that rises while a judge falls, or a judge that cannot read the prompt.
         error: one line where it failed.
     """
@@ -181,8 +187,10 @@ class Frame:
     beside: Sequence[Share] = ()
     curve: Sequence[tuple[float, float]] = ()
     best_of_n: Sequence[tuple[int, float]] = ()
+    comparing: bool = False
     held_out: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     held_out_curve: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+    held_out_best_of_n: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     warnings: Sequence[str] = ()
     error: str | None = None
 

@@ -11,10 +11,9 @@ from typing import Any
 from urllib.parse import urlencode
 
 import gradio as gr
-import pandas as pd
 from starlette.middleware import Middleware
 
-from visearch.app import compare_tab, favourites_tab, geneval_tab, takehome, views
+from visearch.app import compare_tab, favourites_tab, geneval_tab, plots, takehome, views
 from visearch.app.frames import Frame, Settings
 from visearch.app.guard import Guard
 from visearch.app.sessions import Sessions
@@ -30,7 +29,6 @@ EXAMPLES = (
     "a photo of three cows",
     "a photo of a green chair and a yellow car",
 )
-LINES = {"this search": "#0a7d4f", "best of n": "#8a948e"}
 CLOSED = {  # of what Gradio serves beside the page
     "show_error": True,
     "footer_links": [],
@@ -81,6 +79,7 @@ def launch(
     """
     page = _Page(studio or Studio())
     page.studio.check(page.default)
+    plots.warm()
     demo = page.build(folders)
     limit = page.studio.limits.request
     _, url, _ = demo.launch(
@@ -113,6 +112,7 @@ class _Controls:
     images: gr.Slider
     seconds: gr.Slider
     seed: gr.Number
+    best_of_n: gr.Checkbox
 
     def all(self) -> list[Any]:
         return [getattr(self, f.name) for f in fields(self)]
@@ -128,27 +128,23 @@ class _Regions:
     status: gr.HTML
     board: gr.HTML
     tree: gr.HTML
-    guided: gr.LinePlot
-    judged: gr.LinePlot
+    plots: gr.HTML
     judges: gr.HTML
     ledger: gr.HTML
 
-    def of(self, frame: Frame, before: Frame | None) -> dict[Any, Any]:
-        """What a frame puts into each; into plots, which are drawn anew, only what differs from ``before``."""
-        shown = {
+    def of(self, frame: Frame) -> dict[Any, Any]:
+        """What a frame puts into each."""
+        return {
             self.banner: views.banner(frame),
             self.stage: views.stage(frame),
             self.meter: views.meter(frame),
             self.status: views.status(frame),
             self.board: views.board(frame),
             self.tree: views.lineage_svg(frame),
+            self.plots: plots.figures(frame),
             self.judges: views.judges_table(frame),
             self.ledger: views.ledger_table(frame) + views.beside_table(frame),
         }
-        for plot, points in ((self.guided, views.points), (self.judged, views.judged_points)):
-            if before is None or points(frame) != points(before):
-                shown[plot] = pd.DataFrame(points(frame)) if points(frame) else None
-        return shown
 
 
 def _settings(values: Sequence[Any]) -> Settings:
@@ -222,7 +218,10 @@ class _Page:
             held_out = gr.CheckboxGroup(judges, value=list(default.held_out), label="Judges that only watch")
             seconds = gr.Slider(0, limits.seconds, 0, step=5, label="Budget in seconds", info="0: no limit")
             seed = gr.Number(default.seed, label="Seed", precision=0, minimum=0)
-        return _Controls(prompt, model, search, reward, held_out, images, seconds, seed)
+            best_of_n = gr.Checkbox(
+                default.best_of_n, label="Draw best-of-n too", info="After the search, beside its budget, to compare"
+            )
+        return _Controls(prompt, model, search, reward, held_out, images, seconds, seed, best_of_n)
 
     def _results(self) -> dict[str, Any]:
         """Components of the regions below the stage, by the names of :class:`_Regions`."""
@@ -236,11 +235,7 @@ class _Page:
             with gr.Column(elem_classes="vi-side", min_width=260):
                 html(views.inspector())
         html(views.heading("Evidence", "What the reward gained for its cost, and what judges that it never saw say."))
-        with gr.Row(elem_classes="vi-evidence"):
-            axes = {"x": "images", "y": "score", "color": "what", "x_title": "images of work", "color_title": " "}
-            axes |= {"x_axis_format": "~g", "y_axis_format": ".4~g"}
-            shown["guided"] = gr.LinePlot(**axes, y_title="best score", label="Reward that guides", color_map=LINES)
-            shown["judged"] = gr.LinePlot(**axes, y_title="score of who leads", label="Judges that only watch")
+        shown["plots"] = html([], "vi-plots")
         with gr.Row(elem_classes="vi-evidence"):
             shown["judges"], shown["ledger"] = html(id="vi-judges"), html(id="vi-ledger")
         return shown
@@ -304,7 +299,7 @@ class _Page:
         return {
             self.run: gr.update(interactive=False),
             self.cancel: gr.update(interactive=True),
-            **self.regions.of(empty, None),
+            **self.regions.of(empty),
             self.home: "",
             self.files: "",
             self.last: None,
@@ -314,13 +309,12 @@ class _Page:
         cancelled = self.sessions.claimed(request.session_hash)
         if cancelled is None:  # the page was closed while it waited
             return
-        settings, before = _settings(values), None
+        settings = _settings(values)
         for frame in self.studio.run(settings, cancelled.is_set):
-            shown = self.regions.of(frame, before)
+            shown = self.regions.of(frame)
             if frame.over and frame.winner is not None:
                 shown |= {self.last: frame, self.home: self._home(settings)}
             yield shown
-            before = frame
 
     def _home(self, settings: Settings) -> str:
         studio, link = self.studio, takehome.query(settings)

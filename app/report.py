@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import re
 import string
-from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
-from typing import Any
 
-from visearch.app import views
+from visearch.app import plots, views
 from visearch.app.frames import Candidate, Frame
 from visearch.report import versions
 
 __all__ = ["page"]
 
-INK, ACCENT, MUTED = "#010203", "#040506", "#070809"  # stand for what the style sheet says
 NO_CODE = "<p>The model was made in code, so no command names it.</p>"
-NO_PLOT = "<p>The curve of score against cost needs matplotlib: <code>pip install 'visearch[plots]'</code></p>"
 
 
 def page(frame: Frame, **again: str) -> str:
@@ -39,7 +34,7 @@ def page(frame: Frame, **again: str) -> str:
         banner=views.banner(frame),
         pair="".join(views.stage(frame)),
         judges=views.judges_table(frame),
-        plot=_plot(frame),
+        plots="".join(plots.figures(frame)),
         lineage=views.lineage_svg(frame),
         board=_board(frame),
         ledger=views.ledger_table(frame),
@@ -81,52 +76,3 @@ def _state(candidate: Candidate, frame: Frame) -> str:
     if candidate.id == frame.winner:
         return "winner"
     return candidate.state if candidate.rank is None else f"{candidate.state}, rank {candidate.rank}"
-
-
-# --- score against cost ---------------------------------------------------------------------------------------
-
-
-def _plot(frame: Frame) -> str:
-    """Scores of the best so far against images spent, from the single sample on: by the guide, and by each judge."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        return NO_PLOT
-    if not frame.curve:
-        return ""
-    panels = 1 + len(frame.held_out_curve)
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "visearch", "text.color": INK, "axes.labelcolor": INK}):
-        figure = Figure(figsize=(8, 2.6 * panels), layout="constrained", facecolor="none")
-        axes = figure.subplots(panels, 1, squeeze=False, sharex=True)[:, 0]
-        _draw(axes[0], frame.settings.reward, frame.baseline_score, frame.curve)
-        if frame.best_of_n:
-            axes[0].plot(*zip(*frame.best_of_n, strict=True), color=MUTED, linestyle="--", label="best-of-n, expected")
-        for axis, (name, curve) in zip(axes[1:], frame.held_out_curve.items(), strict=True):
-            _draw(axis, f"{name} (held out)", frame.held_out[name][0], curve)
-        axes[0].legend(frameon=False)
-        axes[-1].set_xlabel("images spent")
-        axes[-1].set_xlim(left=0)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return _inline(file.getvalue(), f"{frame.settings.reward} of the best so far against images spent")
-
-
-def _draw(axis: Any, name: str, once: float, curve: Sequence[tuple[float, float]]) -> None:
-    images, scores = zip((1.0, once), *curve, strict=True)
-    axis.plot(images, scores, color=ACCENT, marker="o", drawstyle="steps-post", label="searched")
-    axis.axhline(once, color=MUTED, linestyle=":", label="sampled once")
-    axis.set_ylabel(name)
-    axis.set_facecolor("none")
-    axis.tick_params(colors=INK)
-    for side, spine in axis.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(MUTED)
-
-
-def _inline(svg: str, label: str) -> str:
-    """A file of matplotlib's as an element of the page, in the page's colours."""
-    svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
-    for colour, name in ((INK, "ink"), (ACCENT, "accent"), (MUTED, "muted")):
-        svg = svg.replace(colour, f"var(--vi-{name})")
-    return re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -13,9 +13,9 @@ import torch
 from visearch.app.board import Board, media_of
 from visearch.app.frames import Cost, Frame, Settings, Share
 from visearch.budget import Budget, Ledger
-from visearch.monitor import Baseline, judged
+from visearch.monitor import Baseline, Report, judged
 from visearch.options import one_line
-from visearch.protocols import Reward
+from visearch.protocols import Population, Reward, Search
 from visearch.run import Round, SearchResult, run_search
 from visearch.search.best_of_n import BestOfN
 from visearch.statistics import best_of_curve
@@ -40,6 +40,7 @@ class Run:
         budget: limits.
         cost: as planned.
         notes: what to warn of whatever happens.
+        bar: is drawn after the search for comparison, if given, beside its budget.
 
     Attributes:
         ledger: what the search spent.
@@ -52,6 +53,7 @@ class Run:
     budget: Budget
     cost: Cost
     notes: tuple[str, ...] = ()
+    bar: Search | None = None
     ledger: Ledger = field(default_factory=Ledger)
 
     def __post_init__(self) -> None:
@@ -59,7 +61,7 @@ class Run:
         self._leaders: dict[float, str] = {}  # images spent -> who was the best finished one then
 
     def frames(self, cancelled: Callable[[], bool]) -> Iterator[Frame]:
-        """The baseline, a frame a round, and the last one with the judges' scores.
+        """The baseline, a frame a round, one with the judges' scores, and then those of best-of-n.
 
         Raises:
             Exception: whatever ended the baseline or the judging; failures of the search are told in the last frame.
@@ -83,7 +85,11 @@ class Run:
                 frame = self._after(frame, step)
                 yield frame
         frame = self._ended(frame, step.result)
-        yield self._judged(frame, step.result, once) if self.judges and step.result.finished is not None else frame
+        if self.judges and step.result.finished is not None:
+            frame = self._judged(frame, step.result, once)
+        yield frame
+        if self.bar is not None and frame.phase in ("done", "budget"):
+            yield from self._compared(frame, once, cancelled)
 
     def _once(self) -> SearchResult:
         """Candidate 0 alone, as the plain pipeline draws it, and its score."""
@@ -121,7 +127,7 @@ class Run:
             eta=max(0.0, self.cost.images - images) * seconds / images if images else None,
             ledger=_shares(self.ledger),
             curve=curve,
-            best_of_n=_best_of_n(step.result),
+            best_of_n=_best_of_n(_plain(step.result)),
         )
 
     def _ended(self, frame: Frame, result: SearchResult) -> Frame:
@@ -147,8 +153,7 @@ class Run:
         place = {id: row for row, id in enumerate(result.finished.id)}
         led = list(dict.fromkeys((frame.winner, *self._leaders.values())))
         rows = result.finished.select([place[id] for id in led])
-        first = {0: Baseline("plain", once.finished, once.samples[0, "0"], float(rows.score[0]))}
-        report, scores = judged(self.reward, self.judges, result, first, Ledger(), rows)
+        report, scores = self._verdicts(result, once, rows)
         return replace(
             frame,
             held_out={view.name: (view.base[0], view.picked[0]) for view in report.judges},
@@ -160,15 +165,50 @@ class Run:
             beside=(*frame.beside, Share("judges", report.ledger.rewards.total(), report.ledger.seconds["reward"])),
         )
 
+    def _compared(self, frame: Frame, once: SearchResult, cancelled: Callable[[], bool]) -> Iterator[Frame]:
+        """Best-of-n of the same prompt, seed and budget: what a search has to beat; then what the judges say of it."""
+        job, spent = self.job, Ledger()
+        options = {"cancelled": cancelled, "ledger": spent}
+        with closing(run_search(job.sampler, self.reward, self.bar, job.request, self.budget, **options)) as rounds:
+            for step in rounds:
+                result, rows = step.result, _plain(step.result)
+                yield replace(frame, comparing=True, best_of_n=_best_of_n(rows) or frame.best_of_n)
+        drawn = Share("best-of-n", spent.decodes, spent.seconds["total"], spent.images)
+        frame = replace(frame, best_of_n=_best_of_n(rows) or frame.best_of_n, beside=(*frame.beside, drawn))
+        if result.error is not None:
+            log.error("best-of-n failed", exc_info=result.error)
+            told = f"best-of-n was not drawn to its end: {one_line(result.error)}"
+            frame = replace(frame, warnings=(*frame.warnings, told))
+        yield self._judged_bar(frame, result, once, rows) if self.judges and frame.held_out and rows else frame
 
-def _best_of_n(result: SearchResult) -> tuple[tuple[int, float], ...]:
-    """(n, expected best of n) of candidates drawn for no reason but their number, where nothing was selected."""
+    def _judged_bar(self, frame: Frame, result: SearchResult, once: SearchResult, rows: Population) -> Frame:
+        report, scores = self._verdicts(result, once, rows)
+        judges = Share("judges of best-of-n", report.ledger.rewards.total(), report.ledger.seconds["reward"])
+        curves = {name: _best_of_n(rows, given) for name, given in scores.items()}
+        return replace(frame, held_out_best_of_n=curves, beside=(*frame.beside, judges))
+
+    def _verdicts(
+        self, result: SearchResult, once: SearchResult, rows: Population
+    ) -> tuple[Report, dict[str, list[float]]]:
+        """The judges' report of the single sample and the first of the rows, and what each says of all rows."""
+        first = {0: Baseline("plain", once.finished, once.samples[0, "0"], float(rows.score[0]))}
+        return judged(self.reward, self.judges, result, first, Ledger(), rows)
+
+
+def _plain(result: SearchResult) -> Population | None:
+    """Finished candidates that were drawn for no reason but their number, where nothing was selected."""
     rows = result.finished
     if rows is None or result.pruned:
+        return None
+    pairs = enumerate(zip(rows.lineage, rows.score.tolist(), strict=True))
+    return rows.select([row for row, (events, score) in pairs if len(events) == 1 and math.isfinite(score)])
+
+
+def _best_of_n(rows: Population | None, values: Sequence[float] | None = None) -> tuple[tuple[int, float], ...]:
+    """(n, expected score, or value, of the best of n by score)."""
+    if rows is None or len(rows) < 2:
         return ()
-    pairs = zip(rows.lineage, rows.score.tolist(), strict=True)
-    scores = [score for events, score in pairs if len(events) == 1 and math.isfinite(score)]
-    return tuple(enumerate(best_of_curve(scores).tolist(), 1)) if len(scores) > 1 else ()
+    return tuple(enumerate(best_of_curve(rows.score.tolist(), values).tolist(), 1))
 
 
 def _shares(ledger: Ledger) -> tuple[Share, ...]:

@@ -253,6 +253,8 @@ class Studio:
             raise ValueError(f"images={value!r} must be a whole number from 1 to {limits.images}")
         elif what == "seconds" and not (value is None or (_real(value) and 0 < value <= limits.seconds)):
             raise ValueError(f"seconds={value!r} must lie in (0, {limits.seconds:g}]; leave it out for no limit")
+        elif what == "best_of_n" and not isinstance(value, bool):
+            raise ValueError(f"best_of_n={value!r} must be True or False")
         elif what == "seed" and not (_whole(value) and 0 <= value < 2**63):
             raise ValueError(f"seed={value!r} must be a whole number in [0, 2^63)")
 
@@ -306,7 +308,8 @@ class Studio:
         plan, rate = self._planned(settings), self.model(settings.model).rate
         begun = max(plan.finals, _begun(plan.search))
         seconds = None if rate is None else rate * plan.images
-        return Cost(plan.images, begun, plan.finals, max(0, plan.decodes - plan.finals), seconds)
+        beside = 0.0 if self._bar(settings) is None else float(settings.images)
+        return Cost(plan.images, begun, plan.finals, max(0, plan.decodes - plan.finals), seconds, beside)
 
     def max_nfe(self, settings: Settings) -> int:
         """The budget in model rows."""
@@ -336,7 +339,9 @@ class Studio:
     # --- runs -------------------------------------------------------------------------------------------------
 
     def run(self, settings: Settings, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Frame]:
-        """The plain sample of the seed first, then a frame a round of the search; the last one is :attr:`Frame.over`.
+        """The plain sample of the seed first, then a frame a round of the search, then those of best-of-n.
+
+        The search's last frame is :attr:`Frame.over`, and so are all after it.
 
         Whatever goes wrong ends in a frame of phase ``"failed"`` with one line, and all that was on screen before it;
         the trace goes to the log. A generator that is closed early frees the model.
@@ -373,9 +378,13 @@ class Studio:
     def _run(self, settings: Settings, model: Model) -> Run:
         judges, notes = self._judges(settings)
         job = model.job(self.search(settings), settings.prompt, settings.seed, self.budget(settings))
-        return Run(
-            settings, job, self.reward(settings.reward), judges, self.budget(settings), self.plan(settings), notes
-        )
+        guide, budget, cost = self.reward(settings.reward), self.budget(settings), self.plan(settings)
+        return Run(settings, job, guide, judges, budget, cost, notes, self._bar(settings))
+
+    def _bar(self, settings: Settings) -> Search | None:
+        """Best-of-n, where it was asked for and is not what runs anyway."""
+        wanted = settings.best_of_n and not isinstance(self.search(settings), BestOfN)
+        return BestOfN(n=settings.images, batch=4) if wanted else None
 
 
 def _begun(search: Any) -> int:

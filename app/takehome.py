@@ -176,6 +176,7 @@ READ: Mapping[str, Callable[[list[str]], Any]] = {  # from all values that a que
     "seed": lambda values: int(values[-1]),
     "seconds": lambda values: float(values[-1]),
     "held_out": lambda values: tuple(dict.fromkeys(values)),
+    "best_of_n": lambda values: {"True": True, "False": False}.get(values[-1], values[-1]),
 }
 FIELDS = 64  # most of a query
 

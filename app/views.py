@@ -34,7 +34,6 @@ __all__ = [
     "header",
     "heading",
     "inspector",
-    "judged_points",
     "judges_table",
     "ledger_table",
     "lineage_svg",
@@ -43,7 +42,6 @@ __all__ = [
     "notes",
     "number",
     "operation",
-    "points",
     "problem_line",
     "seconds",
     "stage",
@@ -168,6 +166,8 @@ def cost_line(settings: Settings, cost: Cost, query: str) -> str:
     if settings.seconds:
         took += f", at most {seconds(settings.seconds)}"
     work = f"{count(cost.candidates, 'candidate')}, {cost.finals} to the end, {count(cost.previews, 'preview')}"
+    if cost.beside:
+        work += f"; then best of {cost.beside:.0f} to compare"
     return (
         f'<p class="vi-cost" data-query="{escape(query)}"><strong>{cost.images:.3g}</strong> '
         f"{'image' if cost.images == 1 else 'images'} of work, {took}<br><span>{work}</span></p>"
@@ -241,7 +241,10 @@ def _progress(frame: Frame) -> str:
     left = sum(c.state == "pruned" for c in frame.candidates)
     ended = sum(c.state == "finished" for c in frame.candidates)
     counts = f"{count(len(frame.candidates), 'candidate')}, {ended} finished, {left} left early"
-    return f"{ENDINGS[frame.phase]}: {counts}." if frame.over else f"Round {frame.index}: {counts}."
+    if not frame.over:
+        return f"Round {frame.index}: {counts}."
+    beside = f" Drawing best of {frame.settings.images} to compare." if frame.comparing else ""
+    return f"{ENDINGS[frame.phase]}: {counts}.{beside}"
 
 
 def banner(frame: Frame) -> str:
@@ -399,32 +402,27 @@ def _marker(candidate: Candidate, best: bool) -> str:
 # --- evidence -------------------------------------------------------------------------------------------------
 
 
-def points(frame: Frame) -> list[dict[str, Any]]:
-    """Rows of the plot of the guiding reward against cost: this search from the single sample on, and best-of-n."""
-    found = [(images, score, "this search") for images, score in frame.curve]
-    if found and frame.baseline_score is not None and found[0][0] > 1:
-        found.insert(0, (1.0, frame.baseline_score, "this search"))
-    drawn = [(float(n), score, "best of n") for n, score in frame.best_of_n]
-    return [{"images": images, "score": score, "what": what} for images, score, what in found + drawn]
-
-
-def judged_points(frame: Frame) -> list[dict[str, Any]]:
-    """Rows of the plot of held-out rewards against cost: the single sample, and who led at the points of the curve."""
-    return [
-        {"images": images, "score": score, "what": name}
-        for name, curve in frame.held_out_curve.items()
-        for images, score in ((1.0, frame.held_out[name][0]), *curve)
-    ]
-
-
 def judges_table(frame: Frame) -> str:
-    """What rewards that did not guide say of baseline and winner."""
-    if not frame.held_out:
+    """What the guide and the judges, which did not guide, say of a single sample, of best-of-n and of the winner."""
+    best = frame.find(frame.winner)
+    if not frame.over or best is None or best.score is None or frame.baseline_score is None:
         return ""
-    rows = [
-        (escape(name), number(base), number(found), gain(found, base)) for name, (base, found) in frame.held_out.items()
+    rows = [(f"{frame.settings.reward} (guides)", frame.baseline_score, frame.best_of_n, best.score)]
+    for name, (base, found) in frame.held_out.items():
+        rows.append((name, base, frame.held_out_best_of_n.get(name, ()), found))
+    n = max((curve[-1][0] for _, _, curve, _ in rows if curve), default=None)
+    heads = ["Reward", "Sampled once", *([] if n is None else [f"Best of {n}"]), "Searched", "Gain"]
+    cells = [
+        [
+            escape(name),
+            number(base),
+            *([] if n is None else [number(curve[-1][1] if curve else None)]),
+            number(found),
+            gain(found, base),
+        ]
+        for name, base, curve, found in rows
     ]
-    return table(("Judge", "Sampled once", "Searched", "Difference"), rows, "Judges that did not guide")
+    return table(heads, cells, "What rewards say, the one that guided and those that only watched")
 
 
 def ledger_table(frame: Frame) -> str:

@@ -39,7 +39,8 @@ def candidate(number: int, stage: int, state: str = "live", hue: int = 0, **more
 class MadeUpStudio(Studio):
     """Eight begin, half of them leave at each of two checks; the prompt says what goes wrong. Nothing is loaded.
 
-    Prompts with "break" fail in the second round, those with "hack" warn, with "hold" wait for ``go``.
+    Prompts with "break" fail in the second round, those with "hack" warn; with "hold" the search waits for ``go``, with
+    "compare slowly" the best-of-n after it.
     """
 
     def __init__(self) -> None:
@@ -77,7 +78,17 @@ class MadeUpStudio(Studio):
             yield frame
         warnings = ("the guide rises while judge-a falls",) * ("hack" in settings.prompt)
         judged = {"held_out": {"judge-a": (0.2, 0.9)}, "held_out_curve": {"judge-a": ((8.0, 0.9),)}}
-        yield replace(frame, phase="done", warnings=warnings, **judged)
+        frame = replace(frame, phase="done", warnings=warnings, **judged)
+        yield frame
+        if settings.best_of_n:
+            for n in (2, 4):
+                bar = tuple(enumerate((51.0, 52.0, 52.5, 53.0)[:n], 1))
+                yield replace(frame, comparing=True, best_of_n=bar)
+                while "compare slowly" in settings.prompt and not self.go.is_set() and not cancelled():
+                    time.sleep(0.02)
+                if cancelled():
+                    break
+            yield replace(frame, best_of_n=bar, held_out_best_of_n={"judge-a": ((1, 0.2), (n, 0.5))})
 
     def _frame(self, frame: Frame, index: int, stage: int, hue: int) -> Frame:
         living = [range(8), range(8), range(4, 8), range(6, 8)][index]
@@ -100,7 +111,6 @@ class MadeUpStudio(Studio):
             eta=0.5 * (3 - index),
             ledger=(Share("denoiser", 8 * (index + 1), 0.1 * index, spent), Share("reward", 8, 0.02)),
             curve=((spent, best.score),) if stage == STAGES else (),
-            best_of_n=((1, 51.0), (2, 52.0), (4, 53.0)) if stage == STAGES else (),
         )
 
     def files(self, frame: Frame, folder: object) -> dict[str, bytes]:

@@ -81,8 +81,15 @@ def test_a_run_ends_with_baseline_winner_candidates_evidence_and_files(page: Any
     assert page.locator(".vi-card.vi-pruned").count() == 6
     assert page.locator(".vi-card.vi-winner").get_attribute("id") == "candidate-7"
     assert page.locator("[role=progressbar]").first.get_attribute("aria-valuenow") == "100"
-    page.locator("#vi-results svg.marks").nth(1).wait_for()  # both plots
-    assert "judge-a" in page.locator("#vi-judges").inner_text()
+    assert page.locator("#vi-plots figcaption").all_inner_texts() == ["emoji-clip guides", "judge-a only watches"]
+    said = page.locator("#vi-plots svg[role=img]").first.get_attribute("aria-label")
+    assert said.endswith("53.00 of the best of 4")
+    words = page.locator("#vi-judges tr").all_inner_texts()
+    assert [row.split("\t") for row in words] == [
+        ["Reward", "Sampled once", "Best of 4", "Searched", "Gain"],
+        ["emoji-clip (guides)", "51.50", "53.00", "58.50", "+7.00"],
+        ["judge-a", "0.20", "0.50", "0.90", "+0.70"],
+    ]
     assert "denoiser" in page.locator("#vi-ledger").inner_text()
     assert 'search="halving' in page.locator("#vi-home code").first.inner_text()
     with page.expect_download() as download:
@@ -114,6 +121,29 @@ def test_cancel_keeps_the_best_so_far(page: Any) -> None:
     assert page.locator(SHOWN.format(2)).is_visible()
     run(page, "the next one")
     ended(page)
+
+
+def test_best_of_n_follows_and_may_be_cancelled(page: Any) -> None:
+    run(page, "compare slowly")
+    page.locator("#vi-status", has_text="Done: 8 candidates, 2 finished, 6 left early. Drawing best of 8").wait_for()
+    assert page.locator(".vi-card.vi-winner .vi-badge").inner_text() == "Winner"
+    assert page.locator("#vi-home .vi-code").count() == 3
+    page.get_by_role("button", name="Cancel", exact=True).click()
+    page.locator("#vi-run:not([disabled])").wait_for()
+    assert "Drawing" not in page.locator("#vi-status").inner_text()
+    assert "Best of 2" in page.locator("#vi-judges").inner_text()
+
+
+def test_best_of_n_may_be_left_out(browser: Any, site: str) -> None:
+    with visit(browser, f"{site}?prompt=two+cows&best_of_n=False") as page:
+        page.get_by_role("button", name="Model, reward, seed").first.click()
+        assert not page.get_by_label("Draw best-of-n too").is_checked()
+        run(page)
+        ended(page)
+        assert "Best of" not in page.locator("#vi-judges").inner_text()
+        assert page.locator("#vi-plots svg", has_text="best of n").count() == 0
+        page.get_by_label("Draw best-of-n too").check()
+        page.wait_for_url(lambda url: "best_of_n" not in url)
 
 
 def test_bad_input_is_one_clear_line_and_nothing_runs(page: Any) -> None:
@@ -229,7 +259,7 @@ def test_it_is_accessible_and_fits_in_light_and_dark(browser: Any, site: str, sc
         assert serious(page) == []
         run(page, "hack")
         ended(page)
-        page.locator("#vi-results svg.marks").nth(1).wait_for()
+        page.locator("#vi-plots svg").nth(1).wait_for()
         page.wait_for_timeout(600)  # transitions
         assert serious(page) == []
         width = size.get("viewport", {"width": 1440})["width"]

@@ -17,6 +17,7 @@ from visearch.app.board import media_of
 from visearch.app.frames import Frame, Limits, Settings
 from visearch.app.studio import SEARCHES, Source, Studio
 from visearch.protocols import Scores
+from visearch.search.best_of_n import BestOfN
 
 CALL = {"num_inference_steps": 5, "height": 32, "width": 32}
 BRIGHT, DARK = "test_app_studio:Brightness", "test_app_studio:Darkness"
@@ -49,7 +50,8 @@ def studio() -> Studio:
 
 
 def settings(prompt: str = PROMPT, **changes) -> Settings:
-    return Settings(prompt, **{"model": "tiny", "reward": BRIGHT, "images": 6, "seed": 3, **changes})
+    given = {"model": "tiny", "reward": BRIGHT, "images": 6, "seed": 3, "best_of_n": False, **changes}
+    return Settings(prompt, **given)
 
 
 def pixels(media) -> bytes:
@@ -126,6 +128,50 @@ def test_best_of_n_shows_steps_and_what_fewer_would_have_reached(studio):
     curve = dict(frames[-1].best_of_n)
     assert curve[1] == pytest.approx(sum(scores) / 6) and curve[6] == max(scores)
     assert [images for images, _ in frames[-1].curve] == pytest.approx([4, 6])
+
+
+def test_best_of_n_follows_a_search_and_is_outside_of_its_budget(studio):
+    asked = settings(search="halving", held_out=(DARK,))
+    *_, alone = studio.run(asked)
+    *_, bar = studio.run(replace(asked, search="best-of-n"))
+    frames = list(studio.run(replace(asked, best_of_n=True)))
+    over = [f for f in frames if f.over]
+    assert [f.comparing for f in over] == [False, True, True, False]  # 4, then 2 candidates, then the end
+    assert frames[-1].candidates == alone.candidates and frames[-1].winner == alone.winner
+    assert {f.images for f in over} == {alone.images} and all(f.ledger == over[0].ledger for f in over)
+    assert dict(frames[-1].best_of_n) == pytest.approx(dict(bar.best_of_n)) and len(bar.best_of_n) == 6
+    worse = {n: -score for n, score in bar.best_of_n}  # this judge is the reward turned round
+    assert dict(frames[-1].held_out_best_of_n["darkness"]) == pytest.approx(worse)
+    drawn, told = frames[-1].beside[-2:]
+    assert (drawn.what, drawn.calls, drawn.images) == ("best-of-n", 6, pytest.approx(6.0))
+    assert told.what == "judges of best-of-n" and studio.plan(replace(asked, best_of_n=True)).beside == 6
+
+
+def test_a_search_that_is_best_of_n_is_not_drawn_twice(studio):
+    asked = settings(search="best-of-n", best_of_n=True)
+    assert studio.plan(asked).beside == 0
+    frames = list(studio.run(asked))
+    assert sum(f.over for f in frames) == 1 and not any(f.comparing for f in frames)
+
+
+def test_cancelled_while_best_of_n_is_drawn_the_search_is_as_it_was(studio):
+    seen: list[Frame] = []
+    for frame in studio.run(settings(search="halving", best_of_n=True), lambda: bool(seen) and seen[-1].comparing):
+        seen.append(frame)
+    found, last = next(f for f in seen if f.over), seen[-1]
+    assert last.phase == "done" and not last.comparing and last.candidates == found.candidates
+    assert len(last.best_of_n) == 4 and last.beside[-1].images == pytest.approx(4.0)
+
+
+def test_a_failure_of_best_of_n_is_a_warning(studio, monkeypatch, caplog):
+    class Broken(BestOfN):
+        def step(self, state, sampler, evaluate):
+            raise RuntimeError("no memory is left")
+
+    monkeypatch.setattr(studio, "_bar", lambda settings: Broken(n=4))
+    *_, last = studio.run(settings(search="halving", held_out=(DARK,)))
+    assert last.phase == "done" and last.find(last.winner).rank == 1 and last.held_out_best_of_n == {}
+    assert "best-of-n was not drawn to its end" in last.warnings[-1] and "no memory is left" in last.warnings[-1]
 
 
 def test_a_reward_that_rises_while_a_judge_falls_is_told(studio):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from visearch.app import views
+from visearch.app import plots, views
 from visearch.app.frames import Cost, Frame, Media, Settings, Share
 from visearch.protocols import Event
 
@@ -65,6 +65,7 @@ def everything(frame: Frame) -> str:
     pieces += [views.take_home(frame.settings.prompt, frame.settings.prompt, frame.settings.prompt)]
     pieces += [views.cost_line(frame.settings, Cost(8.0, 8, 2, 12, 3.0), frame.settings.prompt)]
     pieces += [views.problem_line(frame.settings.prompt), views.explanation(frame.settings.prompt)]
+    pieces += plots.figures(frame)
     return "".join(pieces) + views.downloads({frame.settings.prompt: b"x"})
 
 
@@ -79,12 +80,14 @@ def test_no_word_from_outside_becomes_markup(text: str) -> None:
         rows += (candidate(1, 4, lineage=(Event(text, 0, 1),)),)
         return replace(
             frame,
-            settings=replace(frame.settings, prompt=text),
+            settings=replace(frame.settings, prompt=text, reward=text),
             baseline=media,
             candidates=rows,
             winner=text,
             ledger=(Share(text, 1, 1.0),),
             held_out={text: (0.0, 1.0)},
+            held_out_curve={text: frame.curve},
+            held_out_best_of_n={text: frame.best_of_n},
             warnings=(text,),
             error=text,
         )
@@ -172,12 +175,28 @@ def test_progress_tells_how_it_ends() -> None:
     assert all("8 candidates, 2 finished, 6 left early" in text for text in texts.values())
 
 
-def test_the_plot_of_a_search_begins_with_the_single_sample() -> None:
-    last = frames()[-1]
-    assert views.points(last)[0] == {"images": 1.0, "score": last.baseline_score, "what": "this search"}
-    assert {p["what"] for p in views.points(last)} == {"this search", "best of n"}
-    assert [(p["images"], p["score"]) for p in views.judged_points(last)] == [(1.0, 0.2), (8.0, 0.9)]
-    assert views.points(frames()[0]) == []
+def test_there_is_a_figure_of_the_guide_and_of_each_judge_with_best_of_n_dashed() -> None:
+    guide, judge = plots.figures(frames()[-1])
+    for figure in (guide, judge):
+        ids, used = re.findall(r'\bid="(.*?)"', figure), re.findall(r'(?:url\(|href=")#(.*?)[)"]', figure)
+        assert len(set(ids)) == len(ids) and used and set(used) <= set(ids)
+        assert figure.count("stroke-dasharray: 4.44,1.92") == 2  # best of n, in the plot and in its legend
+        assert "<style" not in figure and not re.search("#0[1-7]0[2-8]0[3-9]", figure)
+        assert {"sampled once", "best of n", "this search"} <= set(re.findall(r">([a-z ]+)</text>", figure))
+    assert not set(re.findall(r'\bid="(.*?)"', guide)) & set(re.findall(r'\bid="(.*?)"', judge))
+    alone = replace(frames()[-1], best_of_n=(), held_out_best_of_n={})
+    assert all("best of n" not in figure and "best of" not in figure for figure in plots.figures(alone))
+
+
+def test_there_is_no_figure_before_something_was_finished() -> None:
+    assert [len(plots.figures(frame)) for frame in frames()] == [0, 0, 0, 0, 1, 2, 2, 2, 2]
+
+
+def test_the_table_of_judges_is_there_at_the_end_and_takes_best_of_n_in_when_it_comes() -> None:
+    first, *_, last = frames()
+    assert views.judges_table(first) == views.judges_table(replace(last, phase="searching")) == ""
+    assert "Best of 4" in views.judges_table(last)
+    assert "Best of" not in views.judges_table(replace(last, best_of_n=(), held_out_best_of_n={}))
 
 
 def test_downloads_hold_their_files() -> None:
