@@ -10,7 +10,6 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
 
 from PIL import Image
 
