@@ -73,6 +73,6 @@ def _board(frame: Frame) -> str:
 
 
 def _state(candidate: Candidate, frame: Frame) -> str:
-    if candidate.id == frame.winner:
+    if views.won(candidate, frame):
         return "winner"
     return candidate.state if candidate.rank is None else f"{candidate.state}, rank {candidate.rank}"

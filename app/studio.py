@@ -326,7 +326,11 @@ class Studio:
         """The judges that can judge the prompt, and why the others cannot."""
         reasons = {name: self._reason(name, settings.prompt) for name in settings.held_out}
         judges = [self.reward(name) for name, reason in reasons.items() if reason is None]
-        return judges, tuple(f"{name} is left out: {reason}" for name, reason in reasons.items() if reason)
+        out: dict[str, list[str]] = {}
+        for name, reason in reasons.items():
+            if reason is not None:
+                out.setdefault(reason, []).append(name)
+        return judges, tuple(f"left out: {', '.join(names)}, as {reason}" for reason, names in out.items())
 
     def _reason(self, name: str, prompt: str) -> str | None:
         """Why a judge cannot judge a prompt."""

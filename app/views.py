@@ -47,6 +47,7 @@ __all__ = [
     "status",
     "table",
     "take_home",
+    "won",
 ]
 
 TINY = 160  # pixels; below it an image is shown with its pixels, not smoothed
@@ -108,8 +109,13 @@ def _when(candidate: Candidate) -> str:
     return f"{STATES[candidate.state]} {candidate.stage}"
 
 
+def won(candidate: Candidate, frame: Frame) -> bool:
+    """Whether it is the winner; a search that ended before anything was finished has none."""
+    return frame.over and candidate.id == frame.winner and candidate.state == "finished"
+
+
 def _label(candidate: Candidate, frame: Frame) -> str:
-    best = ", the winner" if candidate.id == frame.winner and frame.over else ""
+    best = ", the winner" if won(candidate, frame) else ""
     return f"Candidate {candidate.id}{best}: {_when(candidate)}, score {number(candidate.score)}"
 
 
@@ -279,7 +285,7 @@ def board(frame: Frame) -> list[str]:
 def _card(candidate: Candidate, frame: Frame) -> str:
     name, label = escape(candidate.id), escape(_label(candidate, frame))
     best = candidate.id == frame.winner
-    badge = f'<span class="vi-badge">{"Winner" if frame.over else "Best so far"}</span>' * best
+    badge = f'<span class="vi-badge">{"Winner" if won(candidate, frame) else "Best so far"}</span>' * best
     return (
         f'<article class="vi-card vi-{candidate.state}{" vi-winner" * best}" id="candidate-{name}">'
         f'<button type="button" class="vi-pick" data-candidate="{name}" aria-label="{label}">'
@@ -404,24 +410,18 @@ def _marker(candidate: Candidate, best: bool) -> str:
 def judges_table(frame: Frame) -> str:
     """What the guide and the judges, which did not guide, say of a single sample, of best-of-n and of the winner."""
     best = frame.find(frame.winner)
-    if not frame.over or best is None or best.score is None or frame.baseline_score is None:
+    if best is None or not won(best, frame) or frame.baseline_score is None:
         return ""
     rows = [(f"{frame.settings.reward} (guides)", frame.baseline_score, frame.best_of_n, best.score)]
     for name, (base, found) in frame.held_out.items():
         rows.append((name, base, frame.held_out_best_of_n.get(name, ()), found))
-    n = max((curve[-1][0] for _, _, curve, _ in rows if curve), default=None)
-    heads = ["Reward", "Sampled once", *([] if n is None else [f"Best of {n}"]), "Searched", "Gain"]
-    cells = [
-        [
-            escape(name),
-            number(base),
-            *([] if n is None else [number(curve[-1][1] if curve else None)]),
-            number(found),
-            gain(found, base),
-        ]
-        for name, base, curve, found in rows
-    ]
-    return table(heads, cells, "What rewards say, the one that guided and those that only watched")
+    heads, cells = ["Reward", "Sampled once", "Searched", "Gain"], []
+    for name, base, curve, found in rows:
+        bar = [number(curve[-1][1] if curve else None)] if frame.best_of_n else []
+        cells.append([escape(name), number(base), *bar, number(found), gain(found, base)])
+    if frame.best_of_n:
+        heads.insert(2, f"Best of {frame.best_of_n[-1][0]}")
+    return table(heads, cells, "What each reward says")
 
 
 def ledger_table(frame: Frame) -> str:

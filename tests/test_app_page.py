@@ -118,6 +118,7 @@ def test_cancel_keeps_the_best_so_far(page: Any) -> None:
     page.get_by_role("button", name="Cancel", exact=True).click()
     ended(page, "Cancelled")
     assert page.locator(".vi-card.vi-finished").count() == 0
+    assert page.locator(".vi-badge").inner_text() == "Best so far"  # nothing has won
     assert page.locator(SHOWN.format(2)).is_visible()
     run(page, "the next one")
     ended(page)

@@ -198,9 +198,10 @@ def test_the_same_settings_give_the_same_winner(studio):
 
 def test_a_judge_that_cannot_read_the_prompt_is_left_out_and_says_why():
     own = Studio({"tiny": load}, rewards=(BRIGHT,))
-    *_, last = own.run(settings("a painting of dusk", images=2, held_out=("judge-a",)))
+    *_, last = own.run(settings("a painting of dusk", images=2, held_out=("judge-a", "judge-b")))
     assert last.phase == "done" and last.held_out == {}
-    assert "judge-a is left out" in last.warnings[0] and "GenEval's wording" in last.warnings[0]
+    said = last.warnings[0]
+    assert said.startswith("left out: judge-a, judge-b, as prompt") and "GenEval's wording" in said
 
 
 def test_the_cost_is_known_before_and_its_seconds_after_the_first_run():
