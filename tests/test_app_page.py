@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -283,6 +284,24 @@ def test_the_server_has_no_interface_but_the_page(site: str) -> None:
     assert get("gradio_api/upload", data=b"x")[0] == get("gradio_api/file=/etc/passwd")[0] == 403
     assert get("gradio_api/queue/join", data=b"x" * 70_000)[0] == 413
     assert b"api" not in get("")[1].partition(b"footer_links")[2][:40]
+
+
+def test_who_has_no_password_stays_outside(browser: Any, studio: MadeUpStudio) -> None:
+    with served(studio, auth=[("ann", "secret")]) as url, closing(browser.new_context()) as context:
+        for path in ("config", "gradio_api/info", "gradio_api/queue/data?session_hash=x"):
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(url + path)
+        page = context.new_page()
+        page.goto(url)
+        for password in ("wrong", "secret"):
+            page.get_by_label("username").fill("ann")
+            page.get_by_label("password").fill(password)
+            page.get_by_role("button", name="Login").click()
+            page.get_by_text("Incorrect").or_(page.locator("#vi-run")).first.wait_for()
+            assert page.locator("#vi-run").count() == (password == "secret")
+        run(page, "ann's cow")
+        ended(page)
+        assert shown(page, 1) == picture(hue("ann's cow")).content
 
 
 # --- the embedded model -------------------------------------------------------------------------------------------
