@@ -15,7 +15,7 @@ from visearch.app.frames import Frame, Media, Settings
 from visearch.app.sessions import Sessions
 from visearch.app.studio import Studio
 from visearch.app.votes import Ballot, Standing, Tally
-from visearch.app.widgets import PRIVATE, REFUSING, html
+from visearch.app.widgets import PRIVATE, QUEUED, html
 
 __all__ = ["build"]
 
@@ -45,22 +45,21 @@ class Duel:
         return frame.find(frame.winner).media
 
 
-def build(studio: Studio, sessions: Sessions, queue: str) -> None:
+def build(studio: Studio, sessions: Sessions) -> None:
     """Fill the tab that is open in Gradio's context.
 
     Args:
         studio: runs the searches.
         sessions: who searches; a page that is closed is released there.
-        queue: Gradio's name of the queue for all that occupies a model.
     """
-    _Tab(studio, sessions).build(queue)
+    _Tab(studio, sessions).build()
 
 
 class _Tab:
     def __init__(self, studio: Studio, sessions: Sessions) -> None:
         self.studio, self.sessions = studio, sessions
 
-    def build(self, queue: str) -> None:
+    def build(self) -> None:
         with gr.Row(elem_classes="vi-top"):
             with gr.Column(elem_classes="vi-controls", min_width=280):
                 controls = self._controls()
@@ -73,7 +72,7 @@ class _Tab:
                     buttons = {"A": gr.Button("A is better"), "same": gr.Button("Same"), "B": gr.Button("B is better")}
                 self.tally = html(_tally(Tally()), "vi-tally")
         self.duel, self.votes = gr.State(None), gr.State(Tally())
-        self._wire(controls, buttons, queue)
+        self._wire(controls, buttons)
 
     def _controls(self) -> list[Any]:
         studio, default = self.studio, self.studio.defaults("a photo of two cows")
@@ -92,19 +91,11 @@ class _Tab:
             seed = gr.Number(default.seed, label="Seed", precision=0, minimum=0)
         return [prompt, one, other, images, model, reward, held_out, seed]
 
-    def _wire(self, controls: list[Any], votes: dict[str, gr.Button], queue: str) -> None:
+    def _wire(self, controls: list[Any], votes: dict[str, gr.Button]) -> None:
         running = [self.run, self.cancel]
         shown = [self.stage, self.booth, self.tally, self.duel, self.votes]
-        begun = self.run.click(self._begin, controls, [*running, *shown], **REFUSING)
-        searched = begun.success(
-            self._search,
-            [self.votes, *controls],
-            shown,
-            concurrency_id=queue,
-            concurrency_limit=1,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        begun = self.run.click(self._begin, controls, [*running, *shown], **QUEUED)
+        searched = begun.success(self._search, [self.votes, *controls], shown, **QUEUED)
         searched.then(self._end, None, running, **PRIVATE)
         self.cancel.click(self._cancel, None, None, **PRIVATE)
         for choice, button in votes.items():

@@ -252,7 +252,7 @@ class _Turn:
         self.model, self.gone, self.held = model, gone, ExitStack()
 
     def __enter__(self) -> None:
-        if not self.held.enter_context(self.model.held(self.gone)):
+        if not self.held.enter_context(self.model.turns.held(self.gone)):
             raise Left(CANCELLED)
 
     def __exit__(self, *error: Any) -> None:

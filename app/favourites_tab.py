@@ -14,7 +14,7 @@ from visearch.app.favourites import Answer, Breeding, Family, Picture, Wish
 from visearch.app.frames import Settings
 from visearch.app.sessions import Sessions
 from visearch.app.studio import Studio
-from visearch.app.widgets import PRIVATE, REFUSING, html
+from visearch.app.widgets import PRIVATE, QUEUED, html
 
 __all__ = ["build"]
 
@@ -93,7 +93,7 @@ class _Tab:
     def _wire(self, demo: gr.Blocks, controls: list[Any]) -> None:
         shown = [self.stage, self.family, self.booth, self.next, self.start, self.stop]
         waiting = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-        self.start.click(self._start, controls, shown, **REFUSING).success(self._wait, None, shown, **waiting)
+        self.start.click(self._start, controls, shown, **QUEUED).success(self._wait, None, shown, **waiting)
         chosen = gr.Textbox(visible=False)
         for button, last in ((self.next, False), (self.finish, True)):
 

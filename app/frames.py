@@ -23,7 +23,7 @@ class Limits:
         images: most image-equivalents of one search.
         seconds: most seconds of one search.
         request: most bytes of one request.
-        waiting: most users in the queue.
+        waiting: most users who search or wait.
     """
 
     prompt: int = 400
@@ -145,8 +145,9 @@ class Frame:
 
     Args:
         settings: of this run.
-        phase: ``"baseline"`` until the single sample is there, ``"searching"``, then how it ended: ``"done"``,
-            ``"budget"``, ``"cancelled"`` or ``"failed"``.
+        phase: ``"waiting"`` for its turn, ``"baseline"`` until the single sample is there, ``"searching"``, then how it
+            ended: ``"done"``, ``"budget"``, ``"cancelled"`` or ``"failed"``.
+        ahead: how many come before it while it waits.
         index: completed rounds.
         stages: T, of the model's loop.
         cost: as planned.
@@ -172,7 +173,8 @@ class Frame:
     """
 
     settings: Settings
-    phase: Literal["baseline", "searching", "done", "budget", "cancelled", "failed"]
+    phase: Literal["waiting", "baseline", "searching", "done", "budget", "cancelled", "failed"]
+    ahead: int = 0
     index: int = 0
     stages: int = 0
     cost: Cost | None = None
@@ -196,7 +198,7 @@ class Frame:
 
     @property
     def over(self) -> bool:
-        return self.phase not in ("baseline", "searching")
+        return self.phase not in ("waiting", "baseline", "searching")
 
     def find(self, id: str | None) -> Candidate | None:
         return next((c for c in self.candidates if c.id == id), None)

@@ -19,7 +19,7 @@ from visearch.app.guard import Guard
 from visearch.app.sessions import Sessions
 from visearch.app.studio import Studio
 from visearch.app.theme import look
-from visearch.app.widgets import PRIVATE, REFUSING, html
+from visearch.app.widgets import PRIVATE, QUEUED, html
 
 __all__ = ["create_demo", "launch"]
 
@@ -37,7 +37,7 @@ CLOSED = {  # of what Gradio serves beside the page
     "ssr_mode": False,
     "quiet": True,
 }
-SEARCHING = "search"  # one queue for all that occupies a model
+HANDS = 16  # threads for what takes no time, while all who may wait do so
 
 
 def create_demo(studio: Studio | None = None, folders: Sequence[Path] = ()) -> gr.Blocks:
@@ -91,6 +91,7 @@ def launch(
         prevent_thread_lock=True,
         app_kwargs={"middleware": [Middleware(Guard, limit=limit)]},
         max_file_size=limit,
+        max_threads=page.studio.limits.waiting + HANDS,
         **CLOSED,
         **look(),
     )
@@ -163,7 +164,7 @@ def _settings(values: Sequence[Any]) -> Settings:
 
 class _Page:
     def __init__(self, studio: Studio) -> None:
-        self.studio, self.sessions = studio, Sessions()
+        self.studio, self.sessions = studio, Sessions(studio.limits.waiting)
         self.default = replace(
             studio.defaults(EXAMPLES[0]), model=next(iter(studio.models)), held_out=tuple(studio.judges)[:1]
         )
@@ -175,12 +176,12 @@ class _Page:
                 with gr.Tab("Search"):
                     self._search_tab(demo)
                 with gr.Tab("Compare"):
-                    compare_tab.build(self.studio, self.sessions, SEARCHING)
+                    compare_tab.build(self.studio, self.sessions)
                 with gr.Tab("You are the reward"):
                     favourites_tab.build(self.studio, demo)
                 with gr.Tab("GenEval"):
                     geneval_tab.build(folders)
-        return demo.queue(max_size=self.studio.limits.waiting, default_concurrency_limit=1, api_open=False)
+        return demo.queue(default_concurrency_limit=1, api_open=False)
 
     # --- what is on the page ----------------------------------------------------------------------------------
 
@@ -252,18 +253,9 @@ class _Page:
         buttons = [self.run, self.cancel]
         outputs = [*regions, self.home, self.files, self.last]
         starts = [self.run.click, self.controls.prompt.submit]
-        begun = gr.on(starts, self._begin, controls, [*buttons, *outputs], **REFUSING)
+        begun = gr.on(starts, self._begin, controls, [*buttons, *outputs], **QUEUED)
         begun.success(None, js="() => window.visearch.reveal()", api_visibility="private")
-        searched = begun.success(
-            self._search,
-            controls,
-            outputs,
-            concurrency_id=SEARCHING,
-            concurrency_limit=1,
-            show_progress="minimal",
-            show_progress_on=[self.regions.status],
-            api_visibility="private",
-        )
+        searched = begun.success(self._search, controls, outputs, **QUEUED)
         ended = searched.then(self._end, None, buttons, **PRIVATE)
         ended.then(self._files, self.last, self.files, **PRIVATE)
         ended.then(self._plan, controls, planned, **PRIVATE)  # which knows this machine's pace now
@@ -295,7 +287,7 @@ class _Page:
             self.sessions.claim(request.username or request.session_hash, request.session_hash)
         except ValueError as error:
             raise gr.Error(escape(str(error)), title="Not run", duration=None, print_exception=False) from None
-        empty = Frame(settings, "baseline")
+        empty = Frame(settings, "waiting")
         return {
             self.run: gr.update(interactive=False),
             self.cancel: gr.update(interactive=True),

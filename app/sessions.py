@@ -15,20 +15,27 @@ class _Claim:
 
 
 class Sessions:
-    """Claims of users; a session is one open page, of which a user who logged in may have several."""
+    """Claims of users; a session is one open page, of which a user who logged in may have several.
 
-    def __init__(self) -> None:
+    Args:
+        limit: most claims at a time.
+    """
+
+    def __init__(self, limit: int = 32) -> None:
+        self.limit = limit
         self._lock = threading.Lock()
         self._claims: dict[str, _Claim] = {}
 
     def claim(self, user: str, session: str) -> None:
         """
         Raises:
-            ValueError: a search of this user waits or runs.
+            ValueError: a search of this user waits or runs, or too many of others do.
         """
         with self._lock:
             if user in self._claims:
                 raise ValueError("a search of yours is still running; cancel it, or wait for its end")
+            if len(self._claims) >= self.limit:
+                raise ValueError(f"{len(self._claims)} searches run or wait already; try again in a while")
             self._claims[user] = _Claim(session)
 
     def claimed(self, session: str) -> threading.Event | None:

@@ -11,7 +11,7 @@ import logging
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 
 from visearch.app.frames import Cost, Frame, Limits, Settings
 from visearch.app.running import Run
+from visearch.app.turns import Turns
 from visearch.budget import Budget, Ledger
 from visearch.monitor import check_absolute, check_held_out
 from visearch.options import device_of, load, model_arguments, one_line
@@ -118,7 +119,7 @@ class Model:
 
     Attributes:
         sampler: tells what searches cost; to be run by who holds the turn alone.
-        turn: held by whoever runs the pipeline.
+        turns: held by whoever runs the pipeline.
         rate: seconds an image-equivalent, a mean in which later runs count more; ``None`` before the first.
     """
 
@@ -126,7 +127,7 @@ class Model:
     call: dict[str, Any]
     samplers: Samplers = field(default_factory=Samplers)
     sampler: Any = field(init=False)
-    turn: threading.Lock = field(default_factory=threading.Lock)
+    turns: Turns = field(default_factory=Turns)
     rate: float | None = None
 
     def __post_init__(self) -> None:
@@ -143,21 +144,8 @@ class Model:
             rate = ledger.seconds["total"] / ledger.images
             self.rate = rate if self.rate is None else self.rate + NEWS * (rate - self.rate)
 
-    @contextmanager
-    def held(self, cancelled: Callable[[], bool]) -> Iterator[bool]:
-        """Wait for the turn, unless cancelled meanwhile: whether it came."""
-        while not (mine := self.turn.acquire(timeout=PATIENCE)):
-            if cancelled():
-                break
-        try:
-            yield mine
-        finally:
-            if mine:
-                self.turn.release()
-
 
 NEWS = 0.3  # what the latest run counts in a mean rate
-PATIENCE = 0.1  # seconds between two looks whether someone who waits has gone
 
 
 class Studio:
@@ -343,7 +331,7 @@ class Studio:
     # --- runs -------------------------------------------------------------------------------------------------
 
     def run(self, settings: Settings, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Frame]:
-        """The plain sample of the seed first, then a frame a round of the search, then those of best-of-n.
+        """Frames while it waits, one when its turn comes, the plain sample, a frame a round, then those of best-of-n.
 
         The search's last frame is :attr:`Frame.over`, and so are all after it.
 
@@ -353,15 +341,21 @@ class Studio:
         Args:
             cancelled: asked between rounds, and while another search holds the model.
         """
-        frame = Frame(settings, "baseline")
+        frame = Frame(settings, "waiting")
         try:
             self.check(settings)
             model = self.model(settings.model)
-            with model.held(cancelled) as mine:
-                if not mine:
-                    yield replace(frame, phase="cancelled")
-                    return
+            with model.turns.place() as before:
+                while ahead := before():
+                    if cancelled():
+                        yield replace(frame, phase="cancelled")
+                        return
+                    if ahead != frame.ahead:
+                        frame = replace(frame, ahead=ahead)
+                        yield frame
                 run = self._run(settings, model)
+                frame = Frame(settings, "baseline", cost=run.cost)
+                yield frame
                 with closing(run.frames(cancelled)) as frames:
                     for frame in frames:
                         yield frame

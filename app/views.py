@@ -195,7 +195,7 @@ def stage(frame: Frame | None) -> list[str]:
             figure("Searched", None, "what a search finds"),
         ]
     best = frame.find(frame.winner)
-    base = f"score {number(frame.baseline_score)}"
+    base = "waiting" if frame.baseline is None else f"score {number(frame.baseline_score)}"
     return [
         figure("Sampled once", frame.baseline, base, waiting=not frame.over),
         figure("Searched", best.media if best else None, _found(frame, best), waiting=not frame.over, best=True),
@@ -212,7 +212,9 @@ def figure(title: str, media: Media | None, caption: str, waiting: bool = False,
 
 def _found(frame: Frame, best: Candidate | None) -> str:
     if best is None:
-        return "drawing the first candidates" if not frame.over else "nothing was finished"
+        if frame.over:
+            return "nothing was finished"
+        return "waiting" if frame.baseline is None else "drawing the first candidates"
     score = f"score {number(best.score)}"
     if best.score is not None and frame.baseline_score is not None:
         score += f' <b class="vi-gain">{gain(best.score, frame.baseline_score)}</b>'
@@ -241,8 +243,12 @@ def status(frame: Frame | None, before: str = "Ready.") -> str:
 
 
 def _progress(frame: Frame) -> str:
+    if frame.phase == "waiting":
+        return f"Waiting for its turn{f': {frame.ahead} before it' * bool(frame.ahead)}."
     if frame.phase == "baseline":
         return "Drawing the baseline: one sample, no search."
+    if not frame.candidates:
+        return f"{ENDINGS[frame.phase].partition(';')[0]}: nothing found." if frame.over else "Drawing the first ones."
     left = sum(c.state == "pruned" for c in frame.candidates)
     ended = sum(c.state == "finished" for c in frame.candidates)
     counts = f"{count(len(frame.candidates), 'candidate')}, {ended} finished, {left} left early"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gradio as gr
 
-__all__ = ["PRIVATE", "REFUSING", "html"]
+__all__ = ["PRIVATE", "QUEUED", "html"]
 
 PRIVATE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 """Options of events that take no time and are none of an API's business."""
-REFUSING = PRIVATE | {"queue": True, "concurrency_limit": None}
-"""The same for events that may refuse: in the queue, a refusal is a message and not a failed request."""
+QUEUED = PRIVATE | {"queue": True, "concurrency_limit": None}
+"""The same for events that refuse, which outside of Gradio's queue are failed requests, and for searches, which wait
+for their turn by themselves."""
 
 
 def html(value: str | list[str] = "", id: str | None = None, watch: str | None = None) -> gr.HTML:

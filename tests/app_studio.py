@@ -12,6 +12,7 @@ from PIL import Image
 
 from visearch.app.frames import Candidate, Cost, Frame, Media, Settings, Share
 from visearch.app.studio import Studio
+from visearch.app.turns import Turns
 from visearch.protocols import Event
 
 STAGES = 15
@@ -45,7 +46,7 @@ class MadeUpStudio(Studio):
 
     def __init__(self) -> None:
         super().__init__(judges=["judge-a"])
-        self.running, self.go = threading.Semaphore(1), threading.Event()
+        self.turns, self.go = Turns(), threading.Event()
 
     def check(self, settings: Settings) -> None:
         for what, value in vars(settings).items():
@@ -58,7 +59,12 @@ class MadeUpStudio(Studio):
         return settings.held_out
 
     def run(self, settings: Settings, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Frame]:
-        with self.running:
+        with self.turns.place() as before:
+            while ahead := before():
+                if cancelled():
+                    yield Frame(settings, "cancelled")
+                    return
+                yield Frame(settings, "waiting", ahead)
             yield from self._rounds(settings, cancelled)
 
     def _rounds(self, settings: Settings, cancelled: Callable[[], bool]) -> Iterator[Frame]:

@@ -69,12 +69,14 @@ def test_gradients_reach_the_lora_alone(tuning):
     assert len(reached) == len(tuning.weights) > 0 and all(".lora_" in name for name in reached)
 
 
-def test_a_step_raises_the_reward_of_the_same_noise(tune):
-    tuning = tune.Tuning(resolve("emoji-clip"), CALL, rate=1e-4)
-    tuning.step(LINES)
-    (before,), tuning.losses = tuning.losses, []
-    tuning.step(LINES)
-    assert tuning.losses[0] < before
+def test_steps_raise_the_reward_of_the_same_noise(tune):
+    tuning = tune.Tuning(resolve("emoji-clip"), CALL, rate=1e-3)
+    losses = []
+    for _ in range(5):
+        tuning.step(LINES)  # always the first one, of the same noise
+        losses += tuning.losses
+        tuning.losses = []
+    assert losses[-1] < losses[0] - 0.5  # rounding to bfloat16 makes up to .1
 
 
 def test_resumed_is_as_if_uninterrupted(tune, tuning, tmp_path):

@@ -234,6 +234,21 @@ def test_two_users_at_once_see_their_own_images(browser: Any, site: str) -> None
         assert shown(ann, 2) != shown(bob, 2)
 
 
+def test_who_comes_second_waits_and_may_leave_the_line(browser: Any, site: str, page: Any) -> None:
+    run(page, "hold, the first")
+    page.locator(".vi-card.vi-pruned").first.wait_for()
+    with visit(browser, site) as second, visit(browser, site) as third:
+        for other in (second, third):
+            run(other)
+            other.locator("#vi-status", has_text="Waiting for its turn").wait_for()
+        third.locator("#vi-status", has_text="2 before it").wait_for()
+        second.get_by_role("button", name="Cancel", exact=True).click()
+        ended(second, "Cancelled: nothing found")
+        third.locator("#vi-status", has_text="1 before it").wait_for()
+        page.get_by_role("button", name="Cancel", exact=True).click()
+        ended(third)
+
+
 def test_a_user_has_one_search_at_a_time(page: Any, studio: MadeUpStudio) -> None:
     run(page, "hold, the first")
     page.locator("#vi-cancel:not([disabled])").wait_for()
@@ -248,10 +263,11 @@ def test_a_closed_browser_frees_the_model(browser: Any, studio: MadeUpStudio, si
     studio.go.clear()
     with visit(browser, site) as page:
         run(page, "hold, left alone")
+        late = time.monotonic() + 60.0
         page.locator(".vi-card.vi-pruned").first.wait_for()
-        assert not studio.running.acquire(blocking=False)
-    assert studio.running.acquire(timeout=60.0)
-    studio.running.release()
+        assert len(studio.turns) == 1
+    with studio.turns.held(lambda: time.monotonic() > late) as mine:
+        assert mine
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -299,6 +315,7 @@ def test_who_has_no_password_stays_outside(browser: Any, studio: MadeUpStudio) -
             page.get_by_role("button", name="Login").click()
             page.get_by_text("Incorrect").or_(page.locator("#vi-run")).first.wait_for()
             assert page.locator("#vi-run").count() == (password == "secret")
+        page.locator(".vi-cost").first.wait_for()  # the address is read
         run(page, "ann's cow")
         ended(page)
         assert shown(page, 1) == picture(hue("ann's cow")).content

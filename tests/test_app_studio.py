@@ -62,7 +62,8 @@ def pixels(media) -> bytes:
 
 
 def test_the_first_frame_is_the_plain_sample_of_the_seed_and_costs_the_search_nothing(studio):
-    first, *_, last = studio.run(settings())
+    turn, first, *_, last = studio.run(settings())
+    assert (turn.phase, turn.baseline, turn.cost.images) == ("baseline", None, studio.plan(settings()).images)
     plain = load()[0](PROMPT, generator=torch.Generator().manual_seed(3), **CALL).images[0]
     assert pixels(first.baseline) == plain.tobytes() and PROMPT in first.baseline.alt
     assert (first.phase, first.index, first.images, first.candidates) == ("searching", 0, 0.0, ())
@@ -106,7 +107,7 @@ def consistent(frame: Frame) -> None:
 
 def test_a_pruned_candidate_stays_with_the_preview_that_it_left_with(studio):
     frames = list(studio.run(settings(search="halving")))
-    early, last = frames[1], frames[-1]
+    early, last = frames[2], frames[-1]
     left = [c for c in early.candidates if c.state == "pruned"]
     assert left and all(last.find(c.id) == c and c.media is not None and 0 < c.stage < last.stages for c in left)
     assert last.best_of_n == ()  # what is finished was chosen
@@ -123,7 +124,7 @@ def test_copies_come_from_a_parent_and_show_its_preview_until_they_are_scored(st
 
 def test_best_of_n_shows_steps_and_what_fewer_would_have_reached(studio):
     frames = list(studio.run(settings(search="best-of-n")))
-    assert [len(f.candidates) for f in frames] == [0, 4, 6, 6]
+    assert [len(f.candidates) for f in frames] == [0, 0, 4, 6, 6]
     scores = [c.score for c in frames[-1].candidates]
     curve = dict(frames[-1].best_of_n)
     assert curve[1] == pytest.approx(sum(scores) / 6) and curve[6] == max(scores)
@@ -221,7 +222,7 @@ def test_the_cost_is_known_before_and_its_seconds_after_the_first_run():
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_cancelled_after_any_round_the_best_so_far_is_there(studio, search, rounds):
     seen: list[Frame] = []
-    for frame in studio.run(settings(search=search), lambda: len(seen) > rounds):
+    for frame in studio.run(settings(search=search), lambda: len(seen) > rounds + 1):
         seen.append(frame)
     last = seen[-1]
     assert last.phase in ("cancelled", "done") and last.find(last.winner).rank == 1
@@ -234,11 +235,11 @@ def test_cancelled_before_the_search_the_baseline_is_there(studio):
 
 
 def test_a_failure_in_the_search_is_one_line_beside_what_was_there(studio, caplog):
-    first, *_, last = studio.run(settings("break", search="halving"))
+    _, first, *_, last = studio.run(settings("break", search="halving"))
     assert last.phase == "failed" and "scores of shape" in last.error and "\n" not in last.error
     assert last.baseline == first.baseline and "Traceback" not in last.error
     assert any(record.exc_info for record in caplog.records)  # the trace is in the log
-    assert next(studio.run(settings())).phase == "searching"  # and the model is free
+    assert next(studio.run(settings())).phase == "baseline"  # and the model is free
 
 
 def test_settings_that_are_refused_fail_in_one_line(studio):
@@ -249,9 +250,9 @@ def test_settings_that_are_refused_fail_in_one_line(studio):
 def test_a_reader_that_goes_away_frees_the_model(studio):
     frames = studio.run(settings(search="best-of-n"))
     next(frames), next(frames)
-    assert studio.model("tiny").turn.locked()
+    assert len(studio.model("tiny").turns) == 1
     frames.close()
-    assert not studio.model("tiny").turn.locked()
+    assert len(studio.model("tiny").turns) == 0
     *_, last = studio.run(settings(images=1))
     assert last.phase == "done"
 
@@ -262,6 +263,16 @@ def test_who_waits_for_the_model_may_leave(studio):
     waiting = list(studio.run(settings(), lambda: True))
     assert [f.phase for f in waiting] == ["cancelled"] and waiting[0].baseline is None
     first.close()
+
+
+def test_who_came_first_is_served_first(studio):
+    first, second, third = (studio.run(settings(images=1)) for _ in range(3))
+    next(first)
+    assert [(f.phase, f.ahead) for f in (next(second), next(third))] == [("waiting", 1), ("waiting", 2)]
+    first.close()
+    assert (next(third).ahead, next(second).phase) == (1, "baseline")
+    second.close()
+    assert [f.phase for f in third][-1] == "done"
 
 
 def test_users_at_once_see_their_own_images_alone(studio):
@@ -275,7 +286,7 @@ def test_users_at_once_see_their_own_images_alone(studio):
     for thread in threads:
         thread.join(120)
     for i, frames in enumerate(alone):
-        assert [shown(f) for f in found[i]] == [shown(f) for f in frames]
+        assert [shown(f) for f in found[i] if f.phase != "waiting"] == [shown(f) for f in frames]
         assert all(f.settings == asked[i] for f in found[i])
 
 
