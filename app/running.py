@@ -15,7 +15,7 @@ from visearch.app.frames import Cost, Frame, Settings, Share
 from visearch.budget import Budget, Ledger
 from visearch.monitor import Baseline, Report, judged
 from visearch.options import one_line
-from visearch.protocols import Population, Reward, Search
+from visearch.protocols import Evaluate, Population, Reward, Sampler, Search, SearchState
 from visearch.run import Round, SearchResult, run_search
 from visearch.search.best_of_n import BestOfN
 from visearch.statistics import best_of_curve
@@ -26,6 +26,22 @@ __all__ = ["Run"]
 log = logging.getLogger(__name__)
 
 PHASES = {"done": "done", "closed": "done", "budget": "budget", "deadline": "budget", "cancelled": "cancelled"}
+
+
+@dataclass(frozen=True)
+class Once(BestOfN):
+    """Candidate 0 alone, as the plain pipeline draws it, seen once on its way."""
+
+    n: int = 1
+
+    def step(self, state: SearchState, sampler: Sampler, evaluate: Evaluate) -> SearchState:
+        rows, stage = state.live, sampler.num_stages
+        if rows is None:
+            rows, stage = sampler.init(state.request, state.request.seeds(0, 1, state.open_prompts)), max(1, stage // 3)
+        rows, state = evaluate(sampler.advance(rows, stage)), replace(state, round=state.round + 1)
+        if stage < sampler.num_stages:
+            return replace(state, live=rows)
+        return replace(state, live=None, finished=rows)
 
 
 @dataclass
@@ -61,12 +77,17 @@ class Run:
         self._leaders: dict[float, str] = {}  # images spent -> who was the best finished one then
 
     def frames(self, cancelled: Callable[[], bool]) -> Iterator[Frame]:
-        """The baseline, a frame a round, one with the judges' scores, and then those of best-of-n.
+        """A preview of the baseline, the baseline, a frame a round, one with the judges' scores, those of best-of-n.
 
         Raises:
             Exception: whatever ended the baseline or the judging; failures of the search are told in the last frame.
         """
-        once = self._once()
+        for step in run_search(self.job.sampler, self.reward, Once(), self.job.request, previews=True):
+            once = step.result
+            if once.finished is None and once.error is None:
+                yield self._glimpse(step)
+        if once.error is not None:
+            raise once.error
         frame = self._baseline(once)
         yield frame
         rounds = run_search(
@@ -91,12 +112,10 @@ class Run:
         if self.bar is not None and frame.phase in ("done", "budget"):
             yield from self._compared(frame, once, cancelled)
 
-    def _once(self) -> SearchResult:
-        """Candidate 0 alone, as the plain pipeline draws it, and its score."""
-        *_, last = run_search(self.job.sampler, self.reward, BestOfN(n=1), self.job.request)
-        if last.result.error is not None:
-            raise last.result.error
-        return last.result
+    def _glimpse(self, step: Round) -> Frame:
+        """Candidate 0 on its way."""
+        preview = media_of(step.previews[0, "0"], f"{self.settings.prompt}: a preview of one sample")
+        return Frame(self.settings, "baseline", cost=self.cost, baseline=preview, warnings=self.notes)
 
     def _baseline(self, once: SearchResult) -> Frame:
         settings = self.settings

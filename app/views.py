@@ -195,7 +195,9 @@ def stage(frame: Frame | None) -> list[str]:
             figure("Searched", None, "what a search finds"),
         ]
     best = frame.find(frame.winner)
-    base = "waiting" if frame.baseline is None else f"score {number(frame.baseline_score)}"
+    base = f"score {number(frame.baseline_score)}"
+    if frame.phase in ("waiting", "baseline"):
+        base = "waiting" if frame.baseline is None else "a preview"
     return [
         figure("Sampled once", frame.baseline, base, waiting=not frame.over),
         figure("Searched", best.media if best else None, _found(frame, best), waiting=not frame.over, best=True),
@@ -214,7 +216,7 @@ def _found(frame: Frame, best: Candidate | None) -> str:
     if best is None:
         if frame.over:
             return "nothing was finished"
-        return "waiting" if frame.baseline is None else "drawing the first candidates"
+        return "drawing the first candidates" if frame.phase == "searching" else "waiting"
     score = f"score {number(best.score)}"
     if best.score is not None and frame.baseline_score is not None:
         score += f' <b class="vi-gain">{gain(best.score, frame.baseline_score)}</b>'

@@ -62,7 +62,9 @@ def pixels(media) -> bytes:
 
 
 def test_the_first_frame_is_the_plain_sample_of_the_seed_and_costs_the_search_nothing(studio):
-    turn, first, *_, last = studio.run(settings())
+    turn, glimpse, first, *_, last = studio.run(settings())
+    assert glimpse.phase == "baseline" and glimpse.baseline_score is None
+    assert pixels(glimpse.baseline) != pixels(first.baseline)
     assert (turn.phase, turn.baseline, turn.cost.images) == ("baseline", None, studio.plan(settings()).images)
     plain = load()[0](PROMPT, generator=torch.Generator().manual_seed(3), **CALL).images[0]
     assert pixels(first.baseline) == plain.tobytes() and PROMPT in first.baseline.alt
@@ -107,7 +109,7 @@ def consistent(frame: Frame) -> None:
 
 def test_a_pruned_candidate_stays_with_the_preview_that_it_left_with(studio):
     frames = list(studio.run(settings(search="halving")))
-    early, last = frames[2], frames[-1]
+    early, last = frames[3], frames[-1]
     left = [c for c in early.candidates if c.state == "pruned"]
     assert left and all(last.find(c.id) == c and c.media is not None and 0 < c.stage < last.stages for c in left)
     assert last.best_of_n == ()  # what is finished was chosen
@@ -124,7 +126,7 @@ def test_copies_come_from_a_parent_and_show_its_preview_until_they_are_scored(st
 
 def test_best_of_n_shows_steps_and_what_fewer_would_have_reached(studio):
     frames = list(studio.run(settings(search="best-of-n")))
-    assert [len(f.candidates) for f in frames] == [0, 0, 4, 6, 6]
+    assert [len(f.candidates) for f in frames] == [0, 0, 0, 4, 6, 6]
     scores = [c.score for c in frames[-1].candidates]
     curve = dict(frames[-1].best_of_n)
     assert curve[1] == pytest.approx(sum(scores) / 6) and curve[6] == max(scores)
@@ -222,7 +224,7 @@ def test_the_cost_is_known_before_and_its_seconds_after_the_first_run():
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_cancelled_after_any_round_the_best_so_far_is_there(studio, search, rounds):
     seen: list[Frame] = []
-    for frame in studio.run(settings(search=search), lambda: len(seen) > rounds + 1):
+    for frame in studio.run(settings(search=search), lambda: len(seen) > rounds + 2):
         seen.append(frame)
     last = seen[-1]
     assert last.phase in ("cancelled", "done") and last.find(last.winner).rank == 1
@@ -235,7 +237,7 @@ def test_cancelled_before_the_search_the_baseline_is_there(studio):
 
 
 def test_a_failure_in_the_search_is_one_line_beside_what_was_there(studio, caplog):
-    _, first, *_, last = studio.run(settings("break", search="halving"))
+    _, _, first, *_, last = studio.run(settings("break", search="halving"))
     assert last.phase == "failed" and "scores of shape" in last.error and "\n" not in last.error
     assert last.baseline == first.baseline and "Traceback" not in last.error
     assert any(record.exc_info for record in caplog.records)  # the trace is in the log
