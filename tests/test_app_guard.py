@@ -62,6 +62,16 @@ def test_a_user_has_one_search_in_all_pages_together() -> None:
     sessions.claim("ann", "page 2")
 
 
+def test_so_many_may_search_or_wait_and_no_more() -> None:
+    sessions = Sessions(limit=2)
+    sessions.claim("ann", "page 1")
+    sessions.claim("bob", "page 2")
+    with pytest.raises(ValueError, match="2 searches run or wait already"):
+        sessions.claim("cid", "page 3")
+    sessions.release("page 1")
+    sessions.claim("cid", "page 3")
+
+
 def test_cancel_and_a_closed_page_end_their_own_search_alone() -> None:
     sessions = Sessions()
     sessions.claim("ann", "page 1")
