@@ -24,6 +24,7 @@ COLOURS = {"#010203": "ink", "#040506": "accent", "#070809": "muted"}  # stand f
 INK, ACCENT, MUTED = COLOURS
 STYLE = {
     "svg.fonttype": "none",  # letters stay letters, in the page's own font
+    "font.size": 11,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": MUTED,
