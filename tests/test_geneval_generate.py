@@ -450,14 +450,3 @@ def test_time_that_is_up_is_told_by_the_exit_status(step, tmp_path):
     status, _, err = step(*words)
     assert status == 3 and "3 images are missing" in err
     assert step(*words, "--allow-missing")[0] == 0
-
-
-@pytest.mark.slow
-def test_accelerate_launch_makes_what_one_process_makes(tmp_path):
-    words = "-m visearch geneval generate validation --limit 4 --steps 2 --n 2 --together 1 --outdir"
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1 --main_process_port=0"
-    launch = [sys.executable, *launch.split(), "--mixed_precision=no", "--dynamo_backend=no"]
-    for command, out in ((launch, "two"), ([sys.executable], "one")):
-        subprocess.run([*command, *words.split(), str(tmp_path / out), *EMBEDDED], check=True)
-    two, one = ({k: v for k, v in contents(tmp_path / out).items() if k.endswith(".png")} for out in ("two", "one"))
-    assert two == one and len(one) == 4
